@@ -1,0 +1,35 @@
+# Everything here starts from a fresh clone: the virtual environment is made when it is missing or setup.py has changed.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test test-e2e lint format clean
+
+train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
+	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
+
+test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
+	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
+	$(BIN)/python -m pytest -m e2e $(ARGS)
+
+lint: $(INSTALLED)  ## Style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(INSTALLED): setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("digitfleet needs Python 3.10 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,53 @@
+"""Packaging of digitfleet; what tools read is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+_HERE = Path(__file__).parent
+
+
+def _version() -> str:
+    for line in (_HERE / "trainer" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("trainer/__init__.py names no version")
+
+
+_REQUIRES = [
+    # 2.21 is the first release whose behaviour the workarounds here were written for; Keras 3.15 likewise.
+    "tensorflow>=2.21,<2.22",
+    "keras>=3.15,<3.16",
+    "tensorboard>=2.20,<2.22",
+    "absl-py>=2.3,<3",
+    "numpy>=2.0,<3",
+    "pillow>=11,<14",
+    "rich>=14,<16",
+    "scikit-learn>=1.6,<2",
+]
+
+setup(
+    name="digitfleet",
+    version=_version(),
+    description="Train a model with TensorFlow on many GPUs and many machines, without pain",
+    long_description=(_HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "trainer/mnist/LICENSE"],
+    python_requires=">=3.10",
+    packages=["trainer"],
+    package_data={"trainer": ["mnist/*", "py.typed"]},
+    install_requires=_REQUIRES,
+    extras_require={
+        "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
+        "dev": ["mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "build>=1.3,<2"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,168 @@
+"""Fixtures that make small data sets and start real jobs."""
+
+import functools
+import gzip
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer import dataset
+from trainer.cluster import set_log_level
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+# Few examples, few steps: enough for every path of a job, seconds a run.
+TINY = {
+    "preset": "fast", "global_batch_size": 32, "epochs": 2, "steps_per_loop": 5, "checkpoint_every_steps": 10,
+    "precision": "float32", "validation_fraction": 0.2, "augment": "shift",
+}  # fmt: skip
+
+set_log_level(-1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _four_logical_devices() -> None:
+    import tensorflow as tf
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(4)])
+
+
+@functools.cache
+def mirrored(num_replicas: int) -> Any:
+    """The process's one MirroredStrategy of so many CPUs.
+
+    Strategies of one process must not share collective keys; TensorFlow gives each the same, and its own tests a base.
+    """
+    import tensorflow as tf
+
+    tf.distribute.MirroredStrategy._collective_key_base += 100_000
+    return tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(num_replicas)])
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    """An IDX file of uint8 values."""
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+
+
+def write_dataset(
+    folder: Path, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], *, zipped: bool
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, arrays in (("train", train), ("test", test)):
+        for name, values in zip(NAMES[split], arrays, strict=True):
+            content = idx_bytes(values)
+            if zipped:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+            else:
+                (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist() -> dataset.Dataset:
+    return dataset.load("")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, mnist: dataset.Dataset) -> Path:
+    """640 training and 203 test digits of MNIST, as files: 512 train with TINY, 16 steps an epoch."""
+    sets = [(s.images[:n, ..., 0], s.labels[:n]) for s, n in ((mnist.train, 640), (mnist.test, 203))]
+    return write_dataset(tmp_path_factory.mktemp("data"), sets[0], sets[1], zipped=False)
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Command-line flags; True and False make --name and --noname."""
+    return [
+        f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in options.items()
+    ]
+
+
+class Job:
+    """A running `python -m trainer.task`."""
+
+    def __init__(self, options: dict[str, Any], log: Path, environment: dict[str, str] | None = None) -> None:
+        self.model_dir = Path(options["model_dir"])
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.task", *arguments(options)],
+                stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **(environment or {})},
+            )  # fmt: skip
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl, 0 before there is one."""
+        path = self.model_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+    def wait(self, seconds: float = 300) -> int:
+        return self.process.wait(seconds)
+
+    def finish(self, seconds: float = 300) -> dict[str, Any]:
+        """Waits for the end and returns result.json."""
+        assert self.wait(seconds) == 0, self.log.read_text()
+        return json.loads((self.model_dir / "result.json").read_text())
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def start_job(tmp_path: Path, tiny_data: Path):
+    """Starts jobs on the tiny data, in model_dir `run` unless another is given, and ends what is left of them."""
+    jobs: list[Job] = []
+
+    def start(environment: dict[str, str] | None = None, **options: Any) -> Job:
+        given = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", **options}
+        jobs.append(Job(given, tmp_path / f"job-{len(jobs)}.log", environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, tiny_data: Path):
+    """Runs a job on the tiny data inside this process and returns its result."""
+    from trainer import job
+    from trainer.cluster import Cluster
+    from trainer.presets import from_preset
+    from trainer.signals import StopRequest
+
+    def run(stop: StopRequest | None = None, **options: Any) -> dict[str, Any]:
+        given = {**TINY, "data_dir": str(tiny_data), "model_dir": str(tmp_path / "run"), **options}
+        config = from_preset(given.pop("preset"), given)
+        Path(config.model_dir).mkdir(exist_ok=True)
+        return job.run(config, dataset.load(config.data_dir, config.num_classes), Cluster(), stop or StopRequest())
+
+    return run
+
+
+def lines_of(model_dir: Path, split: str) -> list[dict[str, Any]]:
+    """The records of one split in metrics.jsonl."""
+    records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["split"] == split]

@@ -1,0 +1,85 @@
+"""Every flag of the contract is there, is checked, and says what it does; wrong ones end in one line and exit code 2."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from trainer import flags as task_flags
+from trainer.config import Config
+from trainer.errors import RequestError
+from trainer.presets import PRESETS, from_preset
+
+CONTRACT = ["preset", "strategy", "model", "data_dir", "model_dir", "validation_fraction", "num_classes", "global_batch_size", "epochs", "max_steps", "steps_per_loop", "seed", "deterministic", "optimizer", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "l2", "label_smoothing", "clip_norm", "ema_decay", "gradient_accumulation_steps", "activation", "pooling", "dropout_rate", "augment", "precision", "jit_compile", "sync_batch_norm", "all_reduce", "rendezvous_timeout", "step_timeout", "grace_period", "early_stopping_patience", "checkpoint_every_steps", "keep_checkpoints", "resume", "num_devices", "profile_steps", "target_accuracy"]
+
+WRONG = [
+    ["--preset=fastest"], ["--preset="], ["--strategy=parameter_server"], ["--strategy=Mirrored"], ["--model=resnet"],
+    ["--validation_fraction=1"], ["--validation_fraction=-0.1"], ["--validation_fraction=nan"], ["--validation_fraction=half"],
+    ["--num_classes=-1"], ["--num_classes=1"], ["--num_classes=ten"], ["--global_batch_size=0"], ["--global_batch_size=-4"],
+    ["--global_batch_size=2.5"], ["--epochs=0"], ["--epochs=1.5"], ["--max_steps=-1"], ["--steps_per_loop=0"], ["--seed=-1"],
+    ["--seed=x"], ["--deterministic=perhaps"], ["--optimizer=adamw"], ["--learning_rate=0"], ["--learning_rate=-1"],
+    ["--learning_rate=inf"], ["--learning_rate=1e-3x"], ["--lr_schedule=step"], ["--warmup_steps=-5"], ["--weight_decay=-0.1"],
+    ["--l2=-1"], ["--label_smoothing=1"], ["--label_smoothing=-0.5"], ["--clip_norm=-1"], ["--ema_decay=1"],
+    ["--ema_decay=-0.9"], ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps=3", "--global_batch_size=32"],
+    ["--activation=relu7"], ["--pooling=min"], ["--dropout_rate=1"], ["--dropout_rate=-0.1"], ["--augment=yes"],
+    ["--precision=float16"], ["--jit_compile=maybe"], ["--all_reduce=gloo"], ["--rendezvous_timeout=0"], ["--step_timeout=-1"],
+    ["--grace_period=0"], ["--early_stopping_patience=-1"], ["--early_stopping_patience=3", "--validation_fraction=0"],
+    ["--checkpoint_every_steps=0"], ["--keep_checkpoints=0"], ["--num_devices=-2"], ["--num_devices=2", "--strategy=one_device"],
+    ["--profile_steps=100"], ["--profile_steps=20,10"], ["--profile_steps=a,b"], ["--profile_steps=0,5"],
+    ["--target_accuracy=1.5"], ["--target_accuracy=0.9", "--validation_fraction=0"], ["--no_such_flag"], ["--batch_size=3"],
+    ["train"], ["--model_dir=gs://bucket/run"], ["--resume=2"],
+]  # fmt: skip
+
+
+def config_of(argv: list[str]) -> Config:
+    values = flags.FlagValues()
+    task_flags.define(values)
+    return task_flags.to_config(values, task_flags.parse(values, ["trainer.task", *argv])[1:])
+
+
+def test_every_flag_of_the_contract_is_an_option() -> None:
+    assert {field.name for field in dataclasses.fields(Config)} == set(CONTRACT)
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_wrong_command_line_is_refused_in_one_line_that_names_the_flag(argv: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        config_of(argv)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in message
+    assert any(argument.split("=")[0].lstrip("-") in message for argument in argv)
+
+
+def test_at_least_fifty_wrong_command_lines_are_tested() -> None:
+    assert len(WRONG) >= 50
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flag_on_the_command_line_overrides_the_preset(preset: str) -> None:
+    assert config_of([f"--preset={preset}", "--epochs=7", "--noresume"]) == from_preset(preset, {"epochs": 7, "resume": False})
+
+
+def test_presets_differ_from_the_defaults_in_every_value_that_they_name() -> None:
+    for name, values in PRESETS.items():
+        for option, value in values.items():
+            assert getattr(from_preset("default", {}), option) != value, f"{name} repeats the default of {option}"
+
+
+def test_helpfull_explains_every_flag_with_its_default() -> None:
+    finished = subprocess.run([sys.executable, "-m", "trainer.task", "--helpfull"], capture_output=True, text=True, check=True)
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in finished.stdout or f"--[no]{field.name}" in finished.stdout
+    assert " ".join(finished.stdout.split()).count("(default: ") >= len(CONTRACT)
+
+
+@pytest.mark.parametrize("argv", [WRONG[0], WRONG[12], ["--no_such_flag"], ["--data_dir=/nowhere"], ["surplus"]], ids=" ".join)
+def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothing(argv: list[str], tmp_path) -> None:
+    command = [sys.executable, "-m", "trainer.task", f"--model_dir={tmp_path / 'a' / 'run'}", *argv]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1, finished.stderr
+    assert finished.stdout == ""
+    assert not (tmp_path / "a").exists()

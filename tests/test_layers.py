@@ -1,0 +1,121 @@
+"""Our layers against Keras's own, and the networks against the article's."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.augment import augment
+from trainer.layers import FusedBatchNormalization, PositionDropout
+from trainer.models import inference_model, training_model, weights_of
+from trainer.presets import from_preset
+from trainer.randomness import uniform
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("mixed_bfloat16", 0.03)])
+def test_fused_batch_normalisation_computes_what_keras_computes(dtype: str, tolerance: float) -> None:
+    rng = np.random.default_rng(1)
+    images = rng.normal(3, 2, (8, 5, 6, 4)).astype(np.float64 if dtype == "float64" else np.float32)
+    upstream = rng.normal(size=images.shape)
+    results = []
+    for layer in (FusedBatchNormalization(dtype=dtype), keras.layers.BatchNormalization(dtype=dtype)):
+        layer.build(images.shape)
+        layer.gamma.assign([0.5, 1.0, 2.0, -1.0])
+        inputs = tf.cast(images, layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+            loss = tf.reduce_sum(tf.cast(outputs, tf.float64) * upstream)
+        gradients = tape.gradient(loss, [inputs, layer.gamma.value, layer.beta.value])
+        values = [outputs, *gradients, layer.moving_mean.value, layer.moving_variance.value, layer(inputs, training=False)]
+        results.append([np.asarray(tf.cast(value, tf.float64)) for value in values])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+
+
+def test_random_numbers_are_uniform_and_independent() -> None:
+    numbers = uniform(tf.range(20_000, dtype=tf.int64), 8, seed=3, stream=1).numpy()
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
+    expected = numbers.size / 50
+    assert ((counts - expected) ** 2 / expected).sum() < 100  # chi-squared, 49 degrees of freedom: p < 1e-5 above
+    correlations = np.corrcoef(numbers.T) - np.eye(8)
+    assert np.abs(correlations).max() < 0.03
+    neighbours = np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]
+    assert abs(neighbours) < 0.03
+
+
+def test_random_numbers_follow_seed_stream_and_position_alone() -> None:
+    whole = uniform(tf.range(100, dtype=tf.int64), 5, seed=3, stream=1)
+    part = uniform(tf.range(40, 60, dtype=tf.int64), 5, seed=3, stream=1)
+    np.testing.assert_array_equal(whole[40:60], part)
+    far = uniform(tf.constant([2**40 + 7], tf.int64), 5, seed=3, stream=1)
+    for other in (uniform(tf.range(100, dtype=tf.int64), 5, 4, 1), uniform(tf.range(100, dtype=tf.int64), 5, 3, 2)):
+        assert np.mean(whole.numpy() == other.numpy()) < 0.01
+    assert not np.isin(far.numpy(), whole.numpy()).any()
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_knows_only_positions() -> None:
+    layer = PositionDropout(0.4, seed=1, dtype="float32")
+    positions = tf.range(2000, dtype=tf.int64)
+    outputs = layer(tf.ones([2000, 128]), positions).numpy()
+    assert abs(np.mean(outputs == 0) - 0.4) < 0.005
+    np.testing.assert_allclose(np.unique(outputs), [0, 1 / 0.6], rtol=1e-6)
+    np.testing.assert_array_equal(layer(tf.ones([10, 128]), positions[500:510]), outputs[500:510])
+
+
+@pytest.mark.parametrize("kind", ["shift", "affine"])
+def test_augmentation_depends_on_position_alone_and_stays_small(kind: str) -> None:
+    images = np.zeros((64, 28, 28, 1), np.float32)
+    images[:, 10:18, 10:18] = 255
+    positions = tf.range(64, dtype=tf.int64)
+    changed = augment(tf.constant(images), positions, kind, seed=0).numpy()
+    np.testing.assert_array_equal(augment(tf.constant(images[20:30]), positions[20:30], kind, 0), changed[20:30])
+    assert len({image.tobytes() for image in changed}) > 20
+    rows, columns = np.mgrid[:28, :28]
+    mass = changed[..., 0].sum((1, 2))
+    centers = np.stack([(changed[..., 0] * grid).sum((1, 2)) / mass for grid in (rows, columns)])
+    assert np.abs(centers - 13.5).max() < 2.3
+    assert np.abs(centers - 13.5).max() > 1.5
+    np.testing.assert_allclose(mass / images[0].sum(), 1, atol=0.0 if kind == "shift" else 0.25)
+
+
+def test_no_augmentation_changes_nothing() -> None:
+    images = tf.random.stateless_uniform([4, 28, 28, 1], (0, 0))
+    assert augment(images, tf.range(4, dtype=tf.int64), "none", 0) is images
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "kinds"),
+    [
+        # 3x3x1x32+32, BN 4x32, 3x3x32x64+64, BN 4x64, 7x7x64x128+128, 128x10+10
+        ("article", 320 + 128 + 18_496 + 256 + 401_536 + 1_290,
+         "Rescaling Conv2D Activation Norm MaxPooling2D Conv2D Activation Norm MaxPooling2D Flatten Dense PositionDropout Dense"),
+        ("baseline", 320 + 18_496 + 204_928 + 1_290,
+         "Rescaling Conv2D Activation MaxPooling2D Conv2D Activation MaxPooling2D Flatten Dense Dense"),
+        ("fast", 288 + 128 + 18_432 + 256 + 401_536 + 1_290,
+         "Rescaling Conv2D MaxPooling2D Norm Activation Conv2D MaxPooling2D Norm Activation Flatten Dense PositionDropout Dense"),
+    ],
+)  # fmt: skip
+def test_networks_are_those_of_their_descriptions(preset: str, parameters: int, kinds: str) -> None:
+    config = from_preset(preset, {"precision": "float32"})
+    model = training_model(config, (28, 28, 1), 10, synchronized=False)
+    assert model.count_params() == parameters
+    found = [type(layer).__name__ for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
+    assert [name.replace("FusedBatchNormalization", "Norm") for name in found] == kinds.split()
+    inference = inference_model(config, (28, 28, 1), 10)
+    assert [w.shape for w in weights_of(inference)] == [w.shape for w in weights_of(model)]
+    assert inference.outputs[0].shape == (None, 10)
+    assert all(type(layer).__module__.startswith("keras.") for layer in inference.layers)
+
+
+def test_options_change_the_network() -> None:
+    config = from_preset("fast", {"pooling": "global_average", "activation": "gelu", "dropout_rate": 0.0, "model": "bn_cnn"})
+    model = training_model(config, (20, 24, 1), 26, synchronized=False)
+    names = [type(layer).__name__ for layer in model.layers]
+    assert "GlobalAveragePooling2D" in names
+    assert "PositionDropout" not in names
+    assert {layer.activation.__name__ for layer in model.layers if isinstance(layer, keras.layers.Activation)} == {"gelu"}
+    average = training_model(from_preset("fast", {"pooling": "average"}), (28, 28, 1), 10, synchronized=False)
+    assert sum(isinstance(layer, keras.layers.AveragePooling2D) for layer in average.layers) == 2

@@ -1,0 +1,70 @@
+"""What each step reads: the same examples on every topology, every example once an epoch, from any step at no cost."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import pipeline
+from trainer.dataset import Examples
+from trainer.plan import make_plan
+from trainer.presets import from_preset
+
+NUM = 103
+# Each image tells its index by its first pixel.
+EXAMPLES = Examples(
+    np.arange(NUM, dtype=np.uint8).reshape(NUM, 1, 1, 1) * np.ones((1, 12, 12, 1), np.uint8), np.arange(NUM, dtype=np.int32)
+)
+
+
+def batches(num_pipelines: int, num_replicas: int, batch: int, first_step: int, num_steps: int, seed: int = 0) -> list[list[int]]:
+    """The labels of the global batches that all input pipelines read together."""
+    make = pipeline.train_dataset_fn(EXAMPLES, batch, first_step, seed)
+    steps: list[list[int]] = [[] for _ in range(num_steps)]
+    local = num_replicas // num_pipelines
+    for index in range(num_pipelines):
+        dataset = make(tf.distribute.InputContext(num_pipelines, index, num_replicas))
+        for count, (images, labels, _) in enumerate(dataset.take(num_steps * local)):
+            assert images.dtype == tf.uint8
+            np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
+            steps[count // local].extend(labels.numpy().tolist())
+    return steps
+
+
+@pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (1, 4), (2, 2), (2, 4), (4, 8)])
+def test_global_batch_of_a_step_is_the_same_on_every_topology(num_pipelines: int, num_replicas: int) -> None:
+    assert batches(num_pipelines, num_replicas, 16, 0, 9) == batches(1, 1, 16, 0, 9)
+
+
+def test_every_epoch_holds_every_example_once_in_an_order_of_its_own() -> None:
+    stream = sum(batches(1, 1, 8, 0, 3 * NUM // 8 + 1), [])
+    epochs = [stream[start : start + NUM] for start in range(0, 3 * NUM, NUM)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_starting_at_a_step_reads_what_that_step_would_have_read() -> None:
+    assert batches(2, 4, 16, 5, 4) == batches(1, 1, 16, 0, 9)[5:]
+
+
+def test_other_seed_gives_another_order() -> None:
+    assert batches(1, 1, 16, 0, 3, seed=1) != batches(1, 1, 16, 0, 3, seed=2)
+
+
+@pytest.mark.parametrize(("num_pipelines", "num_replicas", "batch"), [(1, 1, 10), (1, 4, 32), (2, 4, 104), (3, 3, 300)])
+def test_evaluation_counts_every_example_once(num_pipelines: int, num_replicas: int, batch: int) -> None:
+    make = pipeline.eval_dataset_fn(EXAMPLES, batch)
+    seen = []
+    for index in range(num_pipelines):
+        context = tf.distribute.InputContext(num_pipelines, index, num_replicas)
+        for _, labels, weights in make(context).take(-(-NUM // batch) * num_replicas // num_pipelines):
+            seen += labels.numpy()[weights.numpy() == 1].tolist()
+    assert sorted(seen) == list(range(NUM))
+
+
+def test_epochs_end_where_their_last_example_is_read() -> None:
+    plan = make_plan(from_preset("fast", {"global_batch_size": 10, "epochs": 3}), NUM, 2)
+    ends = [step for step in range(1, plan.total_steps + 1) if plan.is_epoch_end(step)]
+    assert ends == [11, 21, 31] == [plan.epoch_end(epoch) for epoch in (1, 2, 3)]
+    assert plan.total_steps == 31
+    assert [plan.next_epoch_end(step) for step in (0, 10, 11, 20, 21)] == [11, 11, 21, 21, 31]

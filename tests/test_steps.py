@@ -1,0 +1,175 @@
+"""One training step: the same on one replica and on several, and what each option adds to it."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import mirrored
+
+from trainer import steps
+from trainer.models import inference_model, training_model, weights_of
+from trainer.optimizers import Schedule, make_optimizer
+from trainer.presets import from_preset
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (64, 12, 12, 1), np.uint8)
+LABELS = RNG.integers(0, 4, 64).astype(np.int32)
+EXACT = {"precision": "float64", "global_batch_size": 32, "epochs": 1, "validation_fraction": 0.0}
+
+
+def train(num_replicas: int, num_steps: int = 3, **options: Any) -> tuple[np.ndarray, list[np.ndarray], steps.State]:
+    """Trains a new model; returns the steps' sums, the weights, and everything else."""
+    config = from_preset("fast", {**EXACT, **options})
+    keras.utils.set_random_seed(config.seed)
+    strategy: Any = tf.distribute.OneDeviceStrategy("CPU:0")
+    if num_replicas > 1:
+        strategy = mirrored(num_replicas)
+    with strategy.scope():
+        synchronized = config.sync_batch_norm and num_replicas > 1
+        model = training_model(config, (12, 12, 1), 4, synchronized=synchronized)
+        schedule = Schedule(config, 100)
+        state = steps.State(model, inference_model(config, (12, 12, 1), 4), make_optimizer(config, schedule, model), schedule)
+    steps.make_copy_weights(state, strategy)()
+    batch = config.global_batch_size // num_replicas
+
+    def dataset_fn(_: tf.distribute.InputContext) -> tf.data.Dataset:
+        positions = np.arange(64, dtype=np.int64)
+        return tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, positions)).repeat().batch(batch, drop_remainder=True)
+
+    iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
+    loop = steps.make_train_loop(config, state, strategy)
+    totals = loop(iterator, tf.constant(0, tf.int64), tf.constant(num_steps, tf.int64)).numpy()
+    if not config.sync_batch_norm:
+        steps.make_average_statistics(state, strategy)()
+    return totals, [variable.numpy() for variable in weights_of(state.model)], state
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bn_cnn": {"model": "bn_cnn"},
+    "augmentation and dropout": {"augment": "affine", "dropout_rate": 0.5},
+    "l2 and weight decay": {"l2": 0.01, "weight_decay": 0.1},
+    "clipping": {"clip_norm": 0.05, "optimizer": "sgd", "learning_rate": 0.1},
+    "smoothing": {"label_smoothing": 0.2},
+    "average": {"ema_decay": 0.9},
+    "average pooling": {"pooling": "average", "activation": "tanh"},
+}
+
+
+@pytest.mark.parametrize(("name", "num_replicas"), [*((name, 2) for name in OPTIONS), ("bn_cnn", 4)])
+def test_step_on_several_replicas_is_the_step_on_one(name: str, num_replicas: int) -> None:
+    one_totals, one_weights, one = train(1, **OPTIONS[name])
+    totals, weights, several = train(num_replicas, **OPTIONS[name])
+    np.testing.assert_allclose(totals, one_totals, rtol=1e-9)
+    # Adam divides by the size of gradients that are nearly zero, so weights agree less closely than losses.
+    for ours, theirs in zip(weights, one_weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(weights_of(several.inference), weights_of(one.inference), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_accumulated_parts_make_the_step_of_the_whole_batch(num_replicas: int) -> None:
+    options = {"model": "cnn", "dropout_rate": 0.3}
+    whole, _, _ = train(num_replicas, **options)
+    parts, _, _ = train(num_replicas, gradient_accumulation_steps=4, **options)
+    np.testing.assert_allclose(parts, whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_loss_scale_falls_when_the_gradients_of_any_replica_overflow(num_replicas: int) -> None:
+    _, before, state = train(num_replicas, 0, precision="mixed_float16")
+    assert isinstance(state.optimizer, keras.optimizers.LossScaleOptimizer)
+    # Only the last replica sees the extreme weights' effect: its part of the batch is what overflows.
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0") if num_replicas == 1 else mirrored(num_replicas)
+    scale = float(state.optimizer.dynamic_scale.numpy())
+
+    @tf.function
+    def step() -> None:
+        def replica_step() -> None:
+            context = tf.distribute.get_replica_context()
+            last = tf.equal(context.replica_id_in_sync_group, num_replicas - 1)
+            bad = tf.where(last, np.float32(np.inf), np.float32(0))
+            gradients = [tf.zeros_like(variable.value) + bad for variable in state.model.trainable_variables]
+            state.optimizer.apply(context.all_reduce(tf.distribute.ReduceOp.SUM, gradients), state.model.trainable_variables)
+
+        strategy.run(replica_step)
+
+    step()
+    assert float(state.optimizer.dynamic_scale.numpy()) == scale / 2
+    for variable, value in zip(weights_of(state.model), before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+def test_16_bit_precision_learns_close_to_float32(precision: str) -> None:
+    exact, _, _ = train(1, 2, precision="float32")
+    totals, _, _ = train(1, 2, precision=precision)
+    np.testing.assert_allclose(totals[0, steps.LOSS], exact[0, steps.LOSS], rtol=0.02)
+
+
+def test_xla_computes_what_tensorflow_computes() -> None:
+    plain, _, _ = train(1)
+    compiled, _, _ = train(1, jit_compile=True)
+    np.testing.assert_allclose(compiled, plain, rtol=1e-9)
+
+
+def test_xla_works_on_replicas_without_synchronised_normalisation() -> None:
+    plain, _, _ = train(2, sync_batch_norm=False)
+    compiled, _, _ = train(2, sync_batch_norm=False, jit_compile=True)
+    np.testing.assert_allclose(compiled, plain, rtol=1e-9)
+
+
+def test_replicas_hold_the_same_statistics_after_averaging_them() -> None:
+    _, _, state = train(2, sync_batch_norm=False)
+    for variable in state.model.non_trainable_variables:
+        copies = [copy.numpy() for copy in variable.value.values]
+        np.testing.assert_array_equal(copies[0], copies[1])
+
+
+def test_smoothed_loss_is_that_of_keras() -> None:
+    logits = tf.constant(RNG.normal(size=(16, 4)))
+    labels = tf.constant(LABELS[:16])
+    ours = steps.cross_entropy(labels, logits, 0.1)
+    theirs = keras.losses.categorical_crossentropy(
+        tf.one_hot(labels, 4, dtype=tf.float64), logits, from_logits=True, label_smoothing=0.1
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+def test_evaluation_ignores_padding_and_agrees_with_scikit_learn() -> None:
+    from sklearn.metrics import accuracy_score, log_loss
+
+    from trainer import pipeline
+    from trainer.dataset import Examples
+
+    config = from_preset("fast", EXACT)
+    strategy = mirrored(2)
+    with strategy.scope():
+        model = inference_model(config, (12, 12, 1), 4)
+    examples = Examples(IMAGES[:61], LABELS[:61])
+    dataset = strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, 16))
+    totals = steps.make_eval_loop(model, strategy)(iter(dataset), tf.constant(4, tf.int64)).numpy()
+    probabilities = keras.ops.softmax(model([IMAGES[:61].astype(np.float64)])).numpy()
+    assert totals[steps.EXAMPLES] == 61
+    assert totals[steps.CORRECT] / 61 == accuracy_score(LABELS[:61], probabilities.argmax(1))
+    np.testing.assert_allclose(totals[steps.LOSS] / 61, log_loss(LABELS[:61], probabilities, labels=range(4)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lr_schedule": "constant"}, {0: 1.0, 500: 1.0, 1000: 1.0}),
+        ({"lr_schedule": "constant", "warmup_steps": 100}, {0: 0.04, 50: 0.52, 100: 1.0, 900: 1.0}),
+        ({"lr_schedule": "exponential"}, {0: 1.0, 9_999: 1.0, 10_000: 0.96, 29_999: 0.96**2}),
+        ({"lr_schedule": "cosine"}, {0: 1.0, 500: 0.5, 1000: 0.0}),
+        ({"lr_schedule": "one_cycle"}, {0: 0.04, 100: 0.52, 200: 1.0, 600: 0.5, 1000: 0.0}),
+        ({"lr_schedule": "one_cycle", "warmup_steps": 500}, {500: 1.0, 750: 0.5, 1000: 0.0}),
+    ],
+)
+def test_schedules_are_defined_over_steps(options: dict[str, Any], expected: dict[int, float]) -> None:
+    schedule = Schedule(from_preset("fast", {"learning_rate": 2.0, **options}), 1000)
+    for step, share in expected.items():
+        np.testing.assert_allclose(schedule(step), 2.0 * share, atol=1e-6, err_msg=f"step {step}")

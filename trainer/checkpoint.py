@@ -1,0 +1,138 @@
+"""Training state on disk: enough to go on from the exact step. The only module that knows who writes what.
+
+    checkpoints/step-00000200/    everything: model, optimizer with loss scale, moving average, and loop.json
+    checkpoints/best-00000186/    the weights with the best validation accuracy so far
+
+A checkpoint is a folder that appears by one rename, so a crash while saving leaves the ones before it. Weights live in
+TensorFlow's own format, whose checksums find damage. There is no other random state: whatever is random in training
+follows from seed and position.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow as tf
+
+from trainer import storage
+from trainer.errors import Stopped
+from trainer.steps import State
+
+_log = logging.getLogger("digitfleet")
+_DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, KeyError)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where training is: the part of its state that is no variable."""
+
+    step: int = 0
+    train_seconds: float = 0.0
+    timed_images: int = 0
+    timed_seconds: float = 0.0
+    best_step: int = -1
+    best_accuracy: float = -1.0
+    best_loss: float = float("inf")
+    epochs_without_gain: int = 0
+    finished: bool = False
+
+
+class Checkpoints:
+    """Saves and restores one job's state in `model_dir`/checkpoints."""
+
+    def __init__(self, model_dir: Path, state: State, *, keep: int, is_chief: bool) -> None:
+        self._folder = model_dir / "checkpoints"
+        self._state = state
+        self._keep = keep
+        self._is_chief = is_chief
+        self._everything = tf.train.Checkpoint(model=state.model, optimizer=state.optimizer, inference=state.inference)
+        self._best = tf.train.Checkpoint(inference=state.inference)
+        # Reads from any device; writing needs no device.
+        self._options = tf.train.CheckpointOptions(experimental_io_device="/job:localhost")
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, or None."""
+        steps = self._steps("step")
+        return steps[-1] if steps else None
+
+    def describe(self) -> str:
+        """What is safe, for messages."""
+        step = self.latest_step()
+        return "no checkpoint yet" if step is None else f"the last good checkpoint is {self._path('step', step)}"
+
+    def save(self, progress: Progress) -> None:
+        """Saves everything, then removes what is older than the newest ones kept. Only the chief writes: all hold the same."""
+        if not self._is_chief:
+            return
+
+        def fill(folder: Path) -> None:
+            self._everything.write(str(folder / "state"))
+            (folder / "loop.json").write_text(json.dumps(dataclasses.asdict(progress)))
+
+        self._write(self._path("step", progress.step), fill)
+        self._prune()
+
+    def save_best(self, step: int) -> None:
+        """Saves the inference weights as the best so far."""
+        if self._is_chief:
+            self._write(self._path("best", step), lambda folder: self._best.write(str(folder / "state")))
+
+    def restore_best(self, step: int) -> None:
+        """Gives the inference weights the values they had at `step`."""
+        self._best.read(str(self._path("best", step) / "state")).assert_consumed()
+
+    def restore_latest(self) -> Progress | None:
+        """Restores the newest checkpoint that is whole; says which ones are not. None if there has never been one.
+
+        Raises:
+            Stopped: there are checkpoints, and all are damaged.
+        """
+        steps = self._steps("step")
+        for step in reversed(steps):
+            path = self._path("step", step)
+            try:
+                progress = Progress(**json.loads((path / "loop.json").read_text()))
+                if progress.best_step >= 0 and not (self._path("best", progress.best_step) / "state.index").exists():
+                    raise FileNotFoundError(f"the best weights of step {progress.best_step} are gone")
+                self._everything.read(str(path / "state")).assert_consumed()
+            except _DAMAGE as error:
+                first_line = (str(error).splitlines() or [""])[0]
+                _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, first_line)
+                continue
+            return progress
+        if steps:
+            raise Stopped(f"every checkpoint in {self._folder} is damaged: give another --model_dir to start again")
+        return None
+
+    def remove_newer(self, step: int) -> None:
+        """Removes checkpoints after `step`: damaged ones that training passes again."""
+        for newer in self._steps("step"):
+            if newer > step and self._is_chief:
+                shutil.rmtree(self._path("step", newer))
+
+    def _write(self, path: Path, fill: Callable[[Path], None]) -> None:
+        with storage.stop_when_full(f"checkpoint {path.name}", self.describe):
+            try:
+                storage.write_folder(path, fill)
+            except tf.errors.OpError as error:
+                # TensorFlow reports a full disk as ResourceExhausted, and other trouble of a disk as Unknown or Internal.
+                raise OSError(error.error_code, error.message.splitlines()[0]) from error
+
+    def _prune(self) -> None:
+        steps = self._steps("step")
+        for step in steps[: -self._keep]:
+            shutil.rmtree(self._path("step", step))
+        loops = [storage.read_json(self._path("step", step) / "loop.json") or {} for step in steps[-self._keep :]]
+        used = {loop.get("best_step") for loop in loops}
+        for step in self._steps("best"):
+            if step not in used:
+                shutil.rmtree(self._path("best", step))
+
+    def _path(self, kind: str, step: int) -> Path:
+        return self._folder / f"{kind}-{step:08d}"
+
+    def _steps(self, kind: str) -> list[int]:
+        return sorted(int(path.name.removeprefix(f"{kind}-")) for path in self._folder.glob(f"{kind}-*"))

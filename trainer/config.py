@@ -1,0 +1,243 @@
+"""The frozen configuration of a job: every option with its help, unit, default and bounds.
+
+`flags.py` makes the command line from these fields; nothing else defines an option. Presets are in `presets.py`.
+Values that are derived from the configuration and the data (steps, batches a replica) are in `plan.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from trainer.errors import RequestError
+
+PRECISIONS = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    result: bool = True,
+) -> Any:
+    """Declares one option.
+
+    Args:
+        default: the value in the preset `default`.
+        help: one or two sentences with the unit.
+        choices: the only values allowed.
+        at_least: smallest number allowed.
+        at_most: largest number allowed.
+        below: first number that is too large.
+        above: last number that is too small.
+        result: whether the trained weights depend on it; if so, a run cannot go on with another value.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "below": below,
+        "above": above,
+        "result": result,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a job needs to know, checked. Raises `RequestError` on a value that cannot be met."""
+
+    preset: str = option("default", "Complete configuration by name; other flags override it.", result=False)
+    strategy: str = option(
+        "auto",
+        "tf.distribute strategy. auto: multi_worker in a cluster, mirrored with several devices, else one_device.",
+        choices=STRATEGIES,
+        result=False,
+    )
+    model: str = option(
+        "fast_cnn",
+        "bn_cnn: conv-relu-BN-pool twice and a dense layer. cnn: the same without BN, valid padding. "
+        "fast_cnn: bn_cnn in the order conv-pool-BN-relu.",
+        choices=("bn_cnn", "cnn", "fast_cnn"),
+    )
+    data_dir: str = option(
+        "",
+        "Folder with the four IDX files of a data set, gzipped or not. Empty: the embedded MNIST.",
+        result=False,
+    )
+    model_dir: str = option(
+        "",
+        "Folder of this run's output. Empty: runs/<preset>-<UTC time>.",
+        result=False,
+    )
+    validation_fraction: float = option(
+        0.1,
+        "Share of the training set kept for validation, stratified by class. 0: train on everything.",
+        at_least=0,
+        below=1,
+    )
+    num_classes: int = option(0, "Number of classes. 0: the largest label of the data plus one.", at_least=0)
+    global_batch_size: int = option(256, "Examples in one step, over all replicas and workers.", at_least=1)
+    epochs: int = option(15, "Passes over the training examples.", at_least=1)
+    max_steps: int = option(0, "Steps after which training ends, whatever --epochs says. 0: no limit.", at_least=0)
+    steps_per_loop: int = option(
+        50,
+        "Steps inside one tf.function call; between calls the job logs, saves and reacts to signals.",
+        at_least=1,
+        result=False,
+    )
+    seed: int = option(0, "Seed of the initial weights, the order of examples, augmentation and dropout.", at_least=0)
+    deterministic: bool = option(False, "Use deterministic kernels only: same seed, same bits; slower on GPUs.")
+    optimizer: str = option(
+        "adam",
+        "Optimizer. sgd has Nesterov momentum 0.9; adam with --weight_decay is AdamW.",
+        choices=("adam", "sgd", "rmsprop", "nadam", "lion"),
+    )
+    learning_rate: float = option(0.01, "Learning rate; the peak of a schedule that has one.", above=0)
+    lr_schedule: str = option(
+        "one_cycle",
+        "Learning rate over steps. exponential: x 0.96 every 10,000 steps (staircase). one_cycle: up to "
+        "--learning_rate, then linearly to 0. cosine: half a cosine to 0.",
+        choices=("constant", "exponential", "one_cycle", "cosine"),
+    )
+    warmup_steps: int = option(
+        0,
+        "Steps of linear warm-up from 1/25 of --learning_rate. 0: none; for one_cycle 20 % of all steps.",
+        at_least=0,
+    )
+    weight_decay: float = option(0.0, "Decoupled decay of kernels, a step: x learning rate.", at_least=0)
+    l2: float = option(0.0, "Factor of the sum of squared kernel weights that is added to the loss.", at_least=0)
+    label_smoothing: float = option(
+        0.0, "Probability mass spread evenly over all classes in the training loss.", at_least=0, below=1
+    )
+    clip_norm: float = option(0.0, "Largest global norm of the gradients of a step. 0: no clipping.", at_least=0)
+    ema_decay: float = option(
+        0.0, "Decay of the moving average of weights that is evaluated and exported. 0: the weights.", at_least=0, below=1
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Parts that each replica's batch is processed in, one after the other, to save memory.", at_least=1
+    )
+    activation: str = option(
+        "relu", "Activation of the hidden layers.", choices=("relu", "elu", "gelu", "leaky_relu", "silu", "tanh")
+    )
+    pooling: str = option(
+        "max",
+        "Kind of the 2x2 pooling. global_average: max, and the mean of each feature map instead of flattening.",
+        choices=("max", "average", "global_average"),
+    )
+    dropout_rate: float = option(0.4, "Share of the dense layer's outputs dropped in training.", at_least=0, below=1)
+    augment: str = option(
+        "affine",
+        "Random changes of the training images. shift: up to 2 pixels each way. affine: also rotation up to "
+        "10 degrees, scale and shear up to 10 %.",
+        choices=("none", "shift", "affine"),
+    )
+    precision: str = option(
+        "float32",
+        "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling.",
+        choices=PRECISIONS,
+    )
+    jit_compile: bool = option(
+        False, "Compile forward and backward pass with XLA. With several replicas it needs --nosync_batch_norm."
+    )
+    sync_batch_norm: bool = option(True, "Normalise over the global batch rather than over each replica's part.")
+    all_reduce: str = option(
+        "auto",
+        "How replicas add up gradients. nccl: GPUs. ring: multi_worker. hierarchical_copy: mirrored on GPUs.",
+        choices=("auto", "nccl", "ring", "hierarchical_copy"),
+        result=False,
+    )
+    rendezvous_timeout: float = option(300.0, "Seconds to wait at the start until all workers have met.", above=0, result=False)
+    step_timeout: float = option(
+        600.0, "Seconds without a finished tf.function call after which the job ends with 75. 0: never.",
+        at_least=0, result=False,
+    )  # fmt: skip
+    grace_period: float = option(
+        30.0, "Seconds after SIGTERM or SIGINT by which the state is saved or the job ends anyway.", above=0, result=False
+    )
+    early_stopping_patience: int = option(
+        0,
+        "Epochs without a better validation accuracy after which training ends; the best weights are then used. "
+        "0: train to the end and use the last weights.",
+        at_least=0,
+    )
+    checkpoint_every_steps: int = option(200, "Steps between checkpoints: the most a crash can lose.", at_least=1, result=False)
+    keep_checkpoints: int = option(3, "Number of newest checkpoints kept.", at_least=1, result=False)
+    resume: bool = option(
+        True, "Go on from the newest checkpoint in --model_dir. --noresume: refuse a folder that holds a run.", result=False
+    )
+    num_devices: int = option(
+        0,
+        "GPUs to use or, where there is none, logical devices to split this machine's CPU into. 0: all GPUs, or one CPU.",
+        at_least=0,
+        result=False,
+    )
+    profile_steps: str = option(
+        "", "FIRST,LAST: steps to record for TensorBoard's profile page, e.g. 100,120. Empty: none.", result=False
+    )
+    target_accuracy: float = option(0.0, "Validation accuracy at which training ends. 0: none.", at_least=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_field(field, getattr(self, field.name))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        needs_validation = [
+            name for name in ("early_stopping_patience", "target_accuracy") if getattr(self, name)
+        ]  # fmt: skip
+        if needs_validation and not self.validation_fraction:
+            raise RequestError(f"--{needs_validation[0]} needs validation examples: give --validation_fraction above 0")
+        if self.num_classes == 1:
+            raise RequestError("--num_classes=1: a classifier needs at least 2 classes, or 0 to count them in the data")
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise RequestError(
+                f"--gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"--global_batch_size={self.global_batch_size}"
+            )
+        if self.strategy == "one_device" and self.num_devices > 1:
+            raise RequestError(
+                f"--strategy=one_device uses one device, --num_devices={self.num_devices} asks for more: use --strategy=mirrored"
+            )
+        if "://" in self.model_dir:
+            raise RequestError(f"--model_dir={self.model_dir}: object stores have no atomic rename; mount it and give the path")
+        self.profile_range  # noqa: B018  (raises on a malformed range)
+
+    @property
+    def profile_range(self) -> tuple[int, int] | None:
+        """First and last step to profile, or None."""
+        if not self.profile_steps:
+            return None
+        parts = self.profile_steps.split(",")
+        if len(parts) == 2 and all(part.strip().isdecimal() for part in parts):
+            first, last = (int(part) for part in parts)
+            if 1 <= first <= last:
+                return first, last
+        raise RequestError(f"--profile_steps={self.profile_steps}: expected FIRST,LAST with 1 <= FIRST <= LAST, e.g. 100,120")
+
+    def result_fields(self) -> dict[str, Any]:
+        """The options that the trained weights depend on: what must not change when a run goes on."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["result"]}
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    limits = field.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise RequestError(f"--{field.name}={value}: expected one of {', '.join(limits['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"--{field.name}={value}: expected a finite number")
+    tests = {
+        "at least": limits["at_least"] is None or value >= limits["at_least"],
+        "at most": limits["at_most"] is None or value <= limits["at_most"],
+        "below": limits["below"] is None or value < limits["below"],
+        "above": limits["above"] is None or value > limits["above"],
+    }
+    for words, holds in tests.items():
+        if not holds:
+            raise RequestError(f"--{field.name}={value}: expected a number {words} {limits[words.replace(' ', '_')]}")

@@ -1,0 +1,79 @@
+"""What a person sees: a progress bar on a terminal, plain lines at an interval elsewhere, and the result as a table."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_LINE_EVERY_SECS = 10.0
+
+
+class ConsoleWriter:
+    """A `metrics.Writer` for people. Writes to stdout."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._console = RichConsole(file=sys.stdout)
+        self._total, self._first = total_steps, first_step
+        self._started = time.monotonic()
+        self._last_line = -float("inf")
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("compiling", total=total_steps, completed=first_step)
+            self._progress.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Moves the bar, or prints a line."""
+        line = f"step {record['step']:6d}  epoch {record['epoch']:5.2f}  {record['split']:10s}  {_scores(record)}"
+        if record["split"] != "train":
+            self._print(line)
+            return
+        speed = f"{record['images_per_second']:.0f} images/s" if record.get("images_per_second") else "compiling"
+        if self._progress:
+            self._progress.update(self._task, completed=record["step"], description=f"{_scores(record)}  {speed}")
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECS or record["step"] == self._total:
+            self._last_line = time.monotonic()
+            self._print(f"{line}  {speed}  {self._seconds_left(record['step']):.0f} s left")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress:
+            self._progress.stop()
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(step - self._first, 1)
+        return (time.monotonic() - self._started) / done * (self._total - step)
+
+    def _print(self, line: str) -> None:
+        # Not through rich where there is no terminal: it would break lines at 80 columns.
+        if self._progress:
+            self._console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
+
+def _scores(record: dict[str, Any]) -> str:
+    return f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}"
+
+
+def print_result(result: dict[str, Any], model_dir: str) -> None:
+    """The short table at the end."""
+    console = RichConsole(file=sys.stdout)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
+    table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
+    if result["validation_accuracy"] is not None:
+        table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")
+    table.add_row("training", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['train_seconds']:.1f} s")
+    table.add_row("speed", f"{result['images_per_second']:.0f} images/s on {result['num_replicas']} x {result['strategy']}")
+    table.add_row("model", f"{model_dir}/export, {model_dir}/model.keras")
+    console.print(table, soft_wrap=True)

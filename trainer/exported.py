@@ -1,0 +1,41 @@
+"""Loads what a finished job exported; shared by `evaluate` and `predict`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from trainer.errors import RequestError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """The signatures of an export, and the images it takes: (H, W, C)."""
+
+    signatures: dict[str, Any]
+    input_shape: tuple[int, int, int]
+
+
+def load(model_dir: str) -> Model:
+    """Loads `model_dir`/export.
+
+    Raises:
+        RequestError: there is no export there, or it cannot be read.
+    """
+    folder = Path(model_dir) / "export"
+    if not (folder / "saved_model.pb").is_file():
+        raise RequestError(f"--model_dir={model_dir}: no finished job there: {folder}/saved_model.pb is missing")
+    try:
+        loaded = tf.saved_model.load(str(folder))
+    except (tf.errors.OpError, OSError, ValueError, AttributeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RequestError(f"--model_dir={model_dir}: {folder} is damaged ({first_line}): run the job's command again") from error
+    signatures = dict(loaded.signatures)
+    if "serving_uint8" not in signatures or "image_bytes" not in signatures:
+        raise RequestError(f"--model_dir={model_dir}: {folder} was not exported by digitfleet")
+    spec = signatures["serving_uint8"].structured_input_signature[1]["images"]
+    height, width, channels = spec.shape[1:]
+    # The loaded object owns the variables that the signatures use.
+    signatures["_owner"] = loaded
+    return Model(signatures, (height, width, channels))

@@ -1,0 +1,194 @@
+"""The outer loop: runs inner loops of steps and, between them, logs, evaluates, saves, and decides to stop.
+
+It knows time; what a step computes is `steps.py`'s business, and how many devices there are nobody's here.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer import storage
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.config import Config
+from trainer.errors import DivergedError, Stopped
+from trainer.metrics import Record, Writers
+from trainer.plan import Plan
+from trainer.signals import StopRequest, Watchdog
+from trainer.steps import CORRECT, EXAMPLES, LOSS, State, TrainLoop
+
+Evaluation = Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Work:
+    """The functions that the loop drives. All workers call them in the same order: most of them are collective."""
+
+    train: TrainLoop
+    iterator: Any
+    sum_over_workers: Callable[[tf.Tensor], tf.Tensor]
+    copy_weights: Callable[[], None]
+    average_statistics: Callable[[], None]
+    validate: Evaluation | None
+
+
+class Loop:
+    """Trains from `progress` on to the end of the plan, or to an earlier end that the configuration asks for."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        state: State,
+        work: Work,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        writers: Writers,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self._config, self._plan, self._state, self._work = config, plan, state, work
+        self._checkpoints, self._progress, self._writers = checkpoints, progress, writers
+        self._stop, self._watchdog = stop, watchdog
+        self._warm = False
+
+    def run(self) -> None:
+        """Trains to the end; `progress.finished` is then saved, and the inference weights are the selected ones.
+
+        Raises:
+            Stopped: a signal asked for it, or the disk is full; the state is saved.
+            DivergedError: the loss is not finite.
+        """
+        progress = self._progress
+        with _Profiler(self._config.profile_range, self._config.model_dir) as profile:
+            while not progress.finished:
+                first = progress.step
+                profile(first)
+                asked = self._train_until(self._next_boundary(first))
+                if self._plan.is_epoch_end(progress.step):
+                    self._end_epoch()
+                progress.finished |= progress.step >= self._plan.total_steps
+                saved = progress.finished or asked or progress.step % self._config.checkpoint_every_steps == 0
+                if saved:
+                    self._checkpoints.save(progress)
+                if asked and not progress.finished:
+                    raise Stopped(f"stopped at step {progress.step} of {self._plan.total_steps}: {self._checkpoints.describe()}")
+        self._select_weights()
+
+    def _next_boundary(self, step: int) -> int:
+        """The first step after `step` at which Python has something to do."""
+        multiples = (self._config.steps_per_loop, self._config.checkpoint_every_steps)
+        boundaries = [(step // multiple + 1) * multiple for multiple in multiples]
+        boundaries += [self._plan.next_epoch_end(step), self._plan.total_steps]
+        if profile := self._config.profile_range:
+            boundaries += [edge for edge in (profile[0] - 1, profile[1]) if edge > step]
+        return min(boundaries)
+
+    def _train_until(self, boundary: int) -> bool:
+        """Trains up to `boundary`, writes a record, and returns whether any worker was asked to stop."""
+        progress, started = self._progress, time.perf_counter()
+        num_steps = boundary - progress.step
+        first_step = tf.constant(progress.step, tf.int64)
+        local = self._work.train(self._work.iterator, first_step, tf.constant(num_steps, tf.int64))
+        if not self._config.sync_batch_norm:
+            self._work.average_statistics()
+        asked = tf.constant([[float(bool(self._stop.name))] * 3], tf.float64)
+        totals = self._work.sum_over_workers(tf.concat([local, asked], axis=0)).numpy()
+        seconds = time.perf_counter() - started
+        self._watchdog.feed()
+        steps, asked_by = totals[:-1], totals[-1, 0]
+        self._check_finite(steps)
+        progress.step = boundary
+        progress.train_seconds += seconds
+        speed = None
+        if self._warm:  # The first call compiles.
+            progress.timed_images += num_steps * self._config.global_batch_size
+            progress.timed_seconds += seconds
+            speed = num_steps * self._config.global_batch_size / seconds
+        self._warm = True
+        self._write("train", steps.sum(axis=0), images_per_second=speed, **self._optimizer_values())
+        return bool(asked_by)
+
+    def _check_finite(self, steps: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(steps[:, LOSS]))
+        if len(bad):
+            raise DivergedError(
+                f"the loss is {steps[bad[0], LOSS]} at step {self._progress.step + bad[0] + 1}: lower --learning_rate or set "
+                f"--clip_norm; {self._checkpoints.describe()}"
+            )
+
+    def _optimizer_values(self) -> dict[str, float]:
+        optimizer = self._state.optimizer
+        values = {"learning_rate": float(self._state.schedule(optimizer.iterations.numpy() - 1))}
+        if hasattr(optimizer, "dynamic_scale"):
+            values["loss_scale"] = float(optimizer.dynamic_scale.numpy())
+        return values
+
+    def _end_epoch(self) -> None:
+        progress, config = self._progress, self._config
+        if self._work.validate is None:
+            return
+        if not config.ema_decay:
+            self._work.copy_weights()
+        totals = self._work.validate()
+        self._watchdog.feed()
+        self._write("validation", totals)
+        accuracy, loss = totals[CORRECT] / totals[EXAMPLES], totals[LOSS] / totals[EXAMPLES]
+        if (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss):
+            progress.best_accuracy, progress.best_loss, progress.best_step = accuracy, loss, progress.step
+            progress.epochs_without_gain = 0
+            self._checkpoints.save_best(progress.step)
+        else:
+            progress.epochs_without_gain += 1
+        if config.early_stopping_patience and progress.epochs_without_gain >= config.early_stopping_patience:
+            progress.finished = True
+        if config.target_accuracy and accuracy >= config.target_accuracy:
+            progress.finished = True
+
+    def _select_weights(self) -> None:
+        """Gives the inference weights their final values: the best ones with early stopping, else the last ones."""
+        if self._config.early_stopping_patience and self._progress.best_step >= 0:
+            self._checkpoints.restore_best(self._progress.best_step)
+        elif not self._config.ema_decay:
+            self._work.copy_weights()
+
+    def _write(self, split: str, totals: np.ndarray, **values: Any) -> None:
+        step = self._progress.step
+        record: Record = {
+            "step": step,
+            "epoch": round(self._plan.epochs_at(step), 4),
+            "split": split,
+            "loss": float(totals[LOSS] / totals[EXAMPLES]),
+            "accuracy": float(totals[CORRECT] / totals[EXAMPLES]),
+            **values,
+        }
+        with storage.stop_when_full("the metrics", self._checkpoints.describe):
+            self._writers.write(record)
+
+
+class _Profiler:
+    """Records the steps of `--profile_steps` for TensorBoard."""
+
+    def __init__(self, steps: tuple[int, int] | None, model_dir: str) -> None:
+        self._steps, self._folder, self._running = steps, f"{model_dir}/tensorboard", False
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._at
+
+    def _at(self, step: int) -> None:
+        if self._steps and not self._running and self._steps[0] - 1 <= step < self._steps[1]:
+            tf.profiler.experimental.start(self._folder)
+            self._running = True
+        elif self._steps and self._running and step >= self._steps[1]:
+            self._end()
+
+    def _end(self) -> None:
+        tf.profiler.experimental.stop()
+        self._running = False
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._end()

@@ -1,0 +1,104 @@
+"""The networks. All give logits; softmax is added by the export alone.
+
+Two models of a job share no variables: one that trains, in the job's precision, and one that infers, of Keras's own layers
+in float32, which receives the trained (or averaged) weights to be evaluated and exported. Their weights correspond in order.
+"""
+
+from collections.abc import Callable, Iterator
+
+import keras
+
+from trainer.config import Config
+from trainer.errors import RequestError
+from trainer.layers import FusedBatchNormalization, PositionDropout
+
+_FILTERS = (32, 64)
+_DENSE_UNITS = 128
+
+
+def training_model(config: Config, input_shape: tuple[int, ...], num_classes: int, *, synchronized: bool) -> keras.Model:
+    """A model of images float32 [b, H, W, C] in [0, 255] and positions int64 [b]; gives logits [b, num_classes].
+
+    Args:
+        config: which network, and how it computes.
+        input_shape: (H, W, C).
+        num_classes: number of logits.
+        synchronized: whether batch normalisation takes its statistics over several replicas.
+
+    Raises:
+        RequestError: the images are too small for the network.
+    """
+    dropout = PositionDropout(config.dropout_rate, config.seed, config.precision) if config.dropout_rate else None
+    return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, fused=not synchronized)
+
+
+def inference_model(config: Config, input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
+    """The same network without its training parts: images [b, H, W, C] in [0, 255] to logits [b, num_classes].
+
+    In float32 whatever the job computes in (float64 stays): what is evaluated is what is exported, and runs anywhere.
+    """
+    dtype = "float64" if config.precision == "float64" else "float32"
+    return _build(config, input_shape, num_classes, dtype, None, False, fused=False)
+
+
+def _build(
+    config: Config,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    dtype: str,
+    dropout: PositionDropout | None,
+    synchronized: bool,
+    fused: bool,
+) -> keras.Model:
+    # Keras's 0.99 takes hundreds of steps to follow; the short presets have no more than that.
+    momentum = 0.99 if config.model == "bn_cnn" else 0.9
+
+    def normalization() -> keras.layers.Layer:
+        if fused:
+            return FusedBatchNormalization(momentum=momentum, dtype=dtype)
+        return keras.layers.BatchNormalization(momentum=momentum, dtype=dtype, synchronized=synchronized)
+
+    images = keras.Input(input_shape, name="images")
+    positions = keras.Input((), dtype="int64", name="positions")
+    x = keras.layers.Rescaling(1 / 255, dtype=dtype)(images)
+    try:
+        for filters in _FILTERS:
+            for layer in _block(config, filters, dtype, normalization):
+                x = layer(x)
+    except ValueError as error:
+        raise RequestError(
+            f"images of {input_shape[0]}x{input_shape[1]} pixels are too small for --model={config.model}"
+        ) from error
+    flatten = keras.layers.GlobalAveragePooling2D if config.pooling == "global_average" else keras.layers.Flatten
+    x = flatten(dtype=dtype)(x)
+    x = keras.layers.Dense(_DENSE_UNITS, activation=config.activation, dtype=dtype)(x)
+    if dropout:
+        x = dropout(x, positions)
+    # Logits in full precision: softmax and loss of 16-bit logits lose accuracy.
+    logits = keras.layers.Dense(num_classes, dtype="float64" if dtype == "float64" else "float32", name="logits")(x)
+    return keras.Model([images, positions] if dropout else [images], logits, name=config.model)
+
+
+def _block(
+    config: Config, filters: int, dtype: str, normalization: Callable[[], keras.layers.Layer]
+) -> Iterator[keras.layers.Layer]:
+    """A convolution with what follows it, in the network's order."""
+    pool_type = keras.layers.AveragePooling2D if config.pooling == "average" else keras.layers.MaxPooling2D
+    pool = pool_type(2, dtype=dtype)
+    activation = keras.layers.Activation(config.activation, dtype=dtype)
+
+    def convolution(padding: str, use_bias: bool = True) -> keras.layers.Layer:
+        return keras.layers.Conv2D(filters, 3, padding=padding, use_bias=use_bias, dtype=dtype)
+
+    if config.model == "bn_cnn":
+        yield from (convolution("same"), activation, normalization(), pool)
+    elif config.model == "cnn":
+        yield from (convolution("valid"), activation, pool)
+    else:
+        # Pooling first leaves a quarter of the values to normalise and activate; a bias before BN has no effect.
+        yield from (convolution("same", use_bias=False), pool, normalization(), activation)
+
+
+def weights_of(model: keras.Model) -> list[keras.Variable]:
+    """Trainable weights, then moving statistics, each in model order: the order of `weights_sha256`."""
+    return [*model.trainable_variables, *model.non_trainable_variables]

@@ -1,0 +1,86 @@
+"""Feeds examples to devices with tf.data, by position.
+
+A position counts the training examples of a job from 0: step s of a job reads the positions [s B, (s + 1) B) of global
+batch size B, whatever the topology. `index_shuffle` maps a position to an example without any state, so that the global
+batch of a step is the same set on every topology, and starting at step s costs nothing.
+
+Letters in shapes: b, batch of one replica; N, all examples; H, W, C, an image.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from trainer.dataset import Examples
+
+DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
+
+
+def train_dataset_fn(examples: Examples, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
+    """The training input of each worker, endless, from `first_step` on.
+
+    Returns:
+        A function for `Strategy.distribute_datasets_from_function`, whose elements are the batches of single replicas:
+        images uint8 [b, H, W, C], labels int32 [b], positions int64 [b].
+    """
+    images, labels = _tensors(examples)
+    num_examples = len(examples)
+
+    def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        epochs = positions // num_examples
+        # A row of three seeds an example. The raw op, because TensorFlow 2.21's `tf.random.experimental.index_shuffle` pads
+        # the wrong axis of more than one seed and so takes only one.
+        seeds = tf.stack([tf.zeros_like(epochs), tf.fill(tf.shape(epochs), tf.cast(seed, tf.int64)), epochs], axis=1)
+        indices = tf.raw_ops.RandomIndexShuffle(
+            index=positions % num_examples, seed=seeds, max_index=tf.cast(num_examples - 1, tf.int64), rounds=4
+        )
+        return tf.gather(images, indices), tf.gather(labels, indices), positions
+
+    def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return _positions(context, global_batch_size, first_step).map(
+            gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        ).prefetch(4)  # fmt: skip
+
+    return dataset_fn
+
+
+def eval_dataset_fn(examples: Examples, global_batch_size: int) -> DatasetFn:
+    """The evaluation input of each worker: every example once, in order; the rest of the last batch has weight 0.
+
+    Returns:
+        As `train_dataset_fn`; elements are images uint8 [b, H, W, C], labels int32 [b], weights float64 [b], 0 or 1.
+    """
+    images, labels = _tensors(examples)
+    num_examples = len(examples)
+
+    def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        indices = tf.minimum(positions, num_examples - 1)
+        weights = tf.cast(positions < num_examples, tf.float64)
+        return tf.gather(images, indices), tf.gather(labels, indices), weights
+
+    def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return _positions(context, global_batch_size, 0).map(gather).prefetch(2)
+
+    return dataset_fn
+
+
+def _tensors(examples: Examples) -> tuple[tf.Tensor, tf.Tensor]:
+    # On the host: images travel to a GPU a batch at a time, as uint8.
+    with tf.device("CPU:0"):
+        return tf.constant(examples.images), tf.constant(examples.labels)
+
+
+def _positions(context: tf.distribute.InputContext, global_batch_size: int, first_step: int) -> tf.data.Dataset:
+    """The positions int64 [b] of this worker's replicas in turn, step after step.
+
+    Endless on purpose: for a data set that ends, tf.distribute asks all workers before every step whether one has run out.
+    """
+    batch = context.get_per_replica_batch_size(global_batch_size)
+    local_replicas = context.num_replicas_in_sync // context.num_input_pipelines
+    first_replica = context.input_pipeline_id * local_replicas
+
+    def positions(count: tf.Tensor) -> tf.Tensor:
+        step, replica = count // local_replicas, first_replica + count % local_replicas
+        return step * global_batch_size + replica * batch + tf.range(batch, dtype=tf.int64)
+
+    return tf.data.Dataset.counter(first_step * local_replicas).map(positions)

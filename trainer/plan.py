@@ -1,0 +1,70 @@
+"""Numbers that follow from the configuration, the data and the topology; computed once, logged at the start."""
+
+import dataclasses
+
+from trainer.config import Config
+from trainer.errors import RequestError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many examples and steps there are, and how a global batch is divided.
+
+    Training reads one endless stream of positions: epoch after epoch, each in an order of its own. A batch may hold the
+    end of one epoch and the start of the next, so that every batch is full and no example is dropped.
+    """
+
+    num_examples: int
+    global_batch_size: int
+    num_replicas: int
+    total_steps: int
+
+    @property
+    def per_replica_batch_size(self) -> int:
+        """Examples of one replica in one step."""
+        return self.global_batch_size // self.num_replicas
+
+    def epoch_end(self, epoch: int) -> int:
+        """The step after which `epoch` epochs have been seen whole."""
+        return -(-epoch * self.num_examples // self.global_batch_size)
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs seen after `step` steps."""
+        return step * self.global_batch_size / self.num_examples
+
+    def next_epoch_end(self, step: int) -> int:
+        """The first end of an epoch after `step`."""
+        return self.epoch_end(step * self.global_batch_size // self.num_examples + 1)
+
+    def is_epoch_end(self, step: int) -> bool:
+        """Whether an epoch has ended within the step before."""
+        return step > 0 and self.next_epoch_end(step - 1) == step
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.total_steps} steps of {self.global_batch_size} = {self.num_replicas} x {self.per_replica_batch_size} "
+            f"examples, {self.epochs_at(self.total_steps):.2f} epochs of {self.num_examples}; "
+            "a batch may run from one epoch into the next, no example is dropped"
+        )
+
+
+def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
+    """The plan of a job.
+
+    Raises:
+        RequestError: the global batch does not divide, or is larger than the training set.
+    """
+    batch = config.global_batch_size
+    parts = num_replicas * config.gradient_accumulation_steps
+    if batch % parts:
+        lower = batch // parts * parts
+        fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
+        accumulation = f" x {config.gradient_accumulation_steps} accumulated parts" if parts > num_replicas else ""
+        raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
+    if batch > num_examples:
+        raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples")
+    steps = -(-config.epochs * num_examples // batch)
+    if config.max_steps:
+        steps = min(steps, config.max_steps)
+    return Plan(num_examples=num_examples, global_batch_size=batch, num_replicas=num_replicas, total_steps=steps)

@@ -1,0 +1,94 @@
+"""Signals and deadlines: asks the loop to stop, and ends a process that does not come to its senses.
+
+TensorFlow holds the main thread for a whole inner loop, and Python runs signal handlers in the main thread only. So the
+signals are blocked, and a thread of their own waits for them.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from trainer.errors import EXIT_STOPPED
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether somebody has asked this job to stop, and how."""
+
+    def __init__(self) -> None:
+        self._name = ""
+
+    @property
+    def name(self) -> str:
+        """The signal's name; empty while nobody has asked."""
+        return self._name
+
+    def set(self, name: str) -> None:
+        """Asks for a stop at the next opportunity."""
+        self._name = name
+
+
+def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
+    """Handles SIGTERM and SIGINT from now on. Call it in the main thread, before other threads start.
+
+    The first signal asks for a stop; a second one, or the end of the grace period (seconds), ends the process at once with 75.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def wait() -> None:
+        name = signal.Signals(signal.sigwait(_SIGNALS)).name
+        stop.set(name)
+        seconds = grace_period()
+        say(f"{name}: saving the state, then stopping (at most {seconds:g} s)")
+        if signal.sigtimedwait(_SIGNALS, seconds):
+            end_now(f"a second signal: stopped without saving after {name}")
+        end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def say(text: str) -> None:
+    """One line on stderr, whole, from any thread."""
+    sys.stderr.write(f"digitfleet: {text}\n")
+    sys.stderr.flush()
+
+
+def end_now(reason: str) -> None:
+    """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
+    say(f"{reason}; the same command goes on from the last checkpoint")
+    sys.stdout.flush()
+    os._exit(EXIT_STOPPED)
+
+
+class Watchdog:
+    """Ends the process with 75 when nobody has called `feed` for so many seconds. With 0 seconds it does nothing."""
+
+    def __init__(self, seconds: float, flag: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._flag, self._clock = seconds, flag, clock
+        self._fed = clock()
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def feed(self) -> None:
+        """Says that the job is alive."""
+        self._fed = self._clock()
+
+    def overdue(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._clock() - self._fed > self._seconds
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 4)):
+            if self.overdue():
+                end_now(f"nothing has moved for {self._flag}={self._seconds:g} s")

@@ -1,0 +1,225 @@
+"""What devices compute: training steps, evaluation, and the copy of weights in between. Functions of state and batch only.
+
+A function named `replica_*` runs in replica context, once on each device; the others run across replicas, inside one
+`tf.function` with the whole inner loop, so that Python is asked once in `--steps_per_loop` steps.
+
+Letters in shapes: b, batch of one replica; H, W, C, an image.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from trainer.augment import augment
+from trainer.config import Config
+from trainer.models import weights_of
+from trainer.optimizers import Schedule
+
+# Columns of what training and evaluation return: sums over examples.
+LOSS, CORRECT, EXAMPLES = range(3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """The variables of a job. `inference` holds the weights to evaluate: the model's, or their moving average."""
+
+    model: keras.Model
+    inference: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    schedule: Schedule
+
+
+TrainLoop = Callable[[object, tf.Tensor, tf.Tensor], tf.Tensor]
+GradientsFn = Callable[[list[tf.Tensor], tf.Tensor], tuple[tf.Tensor, list[tf.Tensor]]]
+EvalLoop = Callable[[object, tf.Tensor], tf.Tensor]
+
+
+def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strategy) -> TrainLoop:
+    """The inner loop of training.
+
+    Returns:
+        A function of an iterator of `pipeline.train_dataset_fn`, the first step and the number of steps, int64 []. It gives
+        the sums of each step over this worker's replicas, float64 [steps, 3]: loss, correct answers, examples.
+    """
+    model, optimizer = state.model, state.optimizer
+    takes_positions = len(model.inputs) == 2
+    gradients_fn = _make_gradients_fn(config, model, optimizer)
+    if config.jit_compile:
+        gradients_fn = tf.function(gradients_fn, jit_compile=True, autograph=False)
+
+    def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        dtype = tf.float64 if config.precision == "float64" else tf.float32
+        images = tf.cast(augment(tf.cast(images, tf.float32), positions, config.augment, config.seed), dtype)
+        parts = config.gradient_accumulation_steps
+        totals, gradients = tf.zeros([3], tf.float64), None
+        batches = zip(tf.split(images, parts), tf.split(labels, parts), tf.split(positions, parts), strict=True)
+        for part_images, part_labels, part_positions in batches:
+            inputs = [part_images, part_positions] if takes_positions else [part_images]
+            part_totals, part_gradients = gradients_fn(inputs, part_labels)
+            totals += part_totals
+            gradients = part_gradients if gradients is None else [a + b for a, b in zip(gradients, part_gradients, strict=True)]
+        replica_context = tf.distribute.get_replica_context()
+        gradients = replica_context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        # Not a part of the sum over replicas: the penalty is the same on each.
+        if config.l2:
+            scale = _loss_scale(optimizer)
+            gradients = [
+                gradient + 2 * config.l2 * scale * variable.value if _is_kernel(variable) else gradient
+                for gradient, variable in zip(gradients, model.trainable_variables, strict=True)
+            ]
+        optimizer.apply(gradients, model.trainable_variables)
+        return totals
+
+    @tf.function
+    def train_loop(iterator: object, first_step: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
+        totals = tf.TensorArray(tf.float64, size=tf.cast(num_steps, tf.int32), element_shape=[3])
+        for index in tf.range(num_steps):
+            per_replica = strategy.run(replica_step, args=next(iterator))  # type: ignore[call-overload]
+            local = tf.add_n(strategy.experimental_local_results(per_replica))
+            totals = totals.write(tf.cast(index, tf.int32), local)
+            if config.ema_decay:
+                update_average(config.ema_decay, state, strategy, first_step + index)
+        return totals.stack()
+
+    return train_loop
+
+
+def _make_gradients_fn(config: Config, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> GradientsFn:
+    smoothing = config.label_smoothing
+
+    def gradients_fn(inputs: list[tf.Tensor], labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            logits = model(inputs, training=True)
+            losses = cross_entropy(labels, logits, smoothing)
+            # Over the global batch, not this replica's: the sum over replicas is then the gradient of the global mean.
+            loss = tf.reduce_sum(losses) / config.global_batch_size
+            loss *= tf.cast(_loss_scale(optimizer), loss.dtype)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        return _totals(losses, _correct(labels, logits), tf.ones_like(losses)), gradients
+
+    return gradients_fn
+
+
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
+    """Softmax cross entropy of each example.
+
+    Args:
+        labels: int32 [b].
+        logits: float [b, classes].
+        smoothing: probability mass spread over all classes (Szegedy et al., https://arxiv.org/abs/1512.00567).
+
+    Returns:
+        float [b], in nats.
+    """
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    if smoothing:
+        uniform_losses = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
+        losses = (1 - smoothing) * losses + smoothing * uniform_losses
+    return losses
+
+
+def _loss_scale(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | float:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return tf.convert_to_tensor(optimizer.dynamic_scale)
+    return 1.0
+
+
+def _is_kernel(variable: keras.Variable) -> bool:
+    return variable.name == "kernel"
+
+
+def _correct(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    return tf.argmax(logits, axis=-1, output_type=labels.dtype) == labels
+
+
+def _totals(losses: tf.Tensor, correct: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """float64 [3]: sums of loss, correct answers and examples."""
+    weights = tf.cast(weights, tf.float64)
+    columns = tf.cast(losses, tf.float64), tf.cast(correct, tf.float64), tf.ones_like(weights)
+    return tf.stack([tf.reduce_sum(column * weights) for column in columns])
+
+
+def update_average(decay: float, state: State, strategy: tf.distribute.Strategy, step: tf.Tensor) -> None:
+    """Moves the inference weights towards the model's; the first steps count more, as in tf.train.ExponentialMovingAverage."""
+    step = tf.cast(step, tf.float64)
+    decay = tf.minimum(tf.cast(decay, tf.float64), (1 + step) / (10 + step))
+    _each_weight(
+        state, strategy, lambda average, weight: average.assign_sub(tf.cast(1 - decay, average.dtype) * (average - weight))
+    )
+
+
+def _each_weight(state: State, strategy: tf.distribute.Strategy, update: Callable[[tf.Variable, tf.Tensor], object]) -> None:
+    for target, source in zip(weights_of(state.inference), weights_of(state.model), strict=True):
+        strategy.extended.update(target.value, update, args=(source.value,))
+
+
+def make_copy_weights(state: State, strategy: tf.distribute.Strategy) -> Callable[[], None]:
+    """A function that makes the inference weights equal to the model's."""
+
+    @tf.function
+    def copy_weights() -> None:
+        _each_weight(state, strategy, lambda target, source: target.assign(source))
+
+    return copy_weights
+
+
+def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> Callable[[], None]:
+    """A function that gives every replica the mean of all replicas' moving statistics; without synchronised BN they drift apart.
+
+    Averaging is linear, as the moving average is: when it is done does not change the mean.
+    """
+    variables = state.model.non_trainable_variables
+
+    def replica_average() -> None:
+        context = tf.distribute.get_replica_context()
+        means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.convert_to_tensor(variable) for variable in variables])
+        for variable, mean in zip(variables, means, strict=True):
+            variable.assign(mean)
+
+    @tf.function
+    def average_statistics() -> None:
+        strategy.run(replica_average)
+
+    return average_statistics
+
+
+def make_eval_loop(model: keras.Model, strategy: tf.distribute.Strategy) -> EvalLoop:
+    """Evaluation in one call.
+
+    Returns:
+        A function of an iterator of `pipeline.eval_dataset_fn` and the number of batches, int64 []; it gives the sums over
+        this worker's replicas, float64 [3]: loss, correct answers, examples.
+    """
+
+    def replica_eval(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        logits = model(tf.cast(images, model.inputs[0].dtype), training=False)
+        return _totals(cross_entropy(labels, logits), _correct(labels, logits), weights)
+
+    @tf.function
+    def eval_loop(iterator: object, num_batches: tf.Tensor) -> tf.Tensor:
+        totals = tf.zeros([3], tf.float64)
+        for _ in tf.range(num_batches):
+            per_replica = strategy.run(replica_eval, args=next(iterator))  # type: ignore[call-overload]
+            totals += tf.add_n(strategy.experimental_local_results(per_replica))
+        return totals
+
+    return eval_loop
+
+
+def make_sum_over_workers(strategy: tf.distribute.Strategy, num_workers: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function that adds up one float64 tensor of each worker, in a single all-reduce; all workers must call it."""
+    if num_workers == 1:
+        return lambda values: values
+    local_replicas = strategy.num_replicas_in_sync // num_workers
+
+    def replica_sum(values: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, values / local_replicas)
+
+    @tf.function(reduce_retracing=True)
+    def sum_over_workers(values: tf.Tensor) -> tf.Tensor:
+        return strategy.experimental_local_results(strategy.run(replica_sum, args=(values,)))[0]
+
+    return sum_over_workers

@@ -1,0 +1,140 @@
+"""Files of a run that appear whole or not at all, and the checks of a folder before a job costs anything."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import RequestError, Stopped
+
+# Three checkpoints, the best weights, the exports and the event files of the networks here, with room to spare.
+MIN_FREE_BYTES = 64 * 2**20
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder and proves that a job can write there.
+
+    Raises:
+        RequestError: it cannot be made or written, or the disk is nearly full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RequestError(f"--model_dir={folder}: cannot be written: {error.strerror}") from error
+    if free < MIN_FREE_BYTES:
+        raise RequestError(
+            f"--model_dir={folder}: {free // 2**20} MiB free on its disk, at least {MIN_FREE_BYTES // 2**20} MiB are needed"
+        )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, *, needed: bool) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go when the process ends, however it ends.
+
+    Args:
+        folder: what to hold.
+        needed: False for a process that writes nothing there.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    if not needed:
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RequestError(f"--model_dir={folder}: another job is writing there") from error
+            # A file system without locks: then nobody can be kept out.
+        try:
+            yield
+        finally:
+            _remove_if_unused(folder, Path(lock.name))
+
+
+def _remove_if_unused(folder: Path, lock: Path) -> None:
+    """Takes a folder away in which a refused job has left nothing."""
+    if list(folder.iterdir()) == [lock]:
+        lock.unlink()
+        folder.rmdir()
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces the folder `target` by one that `fill` has written; a crash leaves the old or the new one, never half of one."""
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    for path in temporary.rglob("*"):
+        _sync(path)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Replaces the file `target` by one that `write` has written."""
+    # The suffix stays: Keras tells a format by it.
+    temporary = target.with_name(f".partial-{target.name}")
+    write(temporary)
+    _sync(temporary)
+    temporary.replace(target)
+    _sync(target.parent)
+
+
+def write_json(target: Path, content: dict[str, Any]) -> None:
+    """Replaces the file `target` by `content`, indented."""
+    write_file(target, lambda path: _write_text(path, json.dumps(content, indent=2) + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None if there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@contextlib.contextmanager
+def stop_when_full(what: str, last_good: Callable[[], str]) -> Iterator[None]:
+    """Turns a failed write in the middle of a job into a stop that can be resumed.
+
+    Args:
+        what: what is written, for the message.
+        last_good: says which state is safe.
+
+    Raises:
+        Stopped: the disk is full, or gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Stopped(f"{what} cannot be written: {error.strerror or error}; {last_good()}") from error

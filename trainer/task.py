@@ -1,0 +1,57 @@
+"""Trains, evaluates and exports: `python -m trainer.task --strategy mirrored`. Flags in, exit code out; the job is `job.py`."""
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from trainer import cli, cluster, console, dataset, signals, storage
+from trainer import flags as task_flags
+from trainer.config import Config
+from trainer.errors import RequestError, Stopped
+
+task_flags.define(flags.FLAGS)
+
+
+def main(positional: list[str]) -> None:
+    """Runs the job that the flags ask for."""
+    config = task_flags.to_config(flags.FLAGS, positional)
+    stop = signals.StopRequest()
+    signals.listen(stop, lambda: config.grace_period)
+    workers = cluster.from_environment()
+    config = _with_model_dir(config, len(workers.workers))
+    model_dir = Path(config.model_dir)
+    data = dataset.load(config.data_dir, config.num_classes)
+    storage.prepare_folder(model_dir)
+    # Only now: it takes seconds, and what is wrong with flags, data or storage has been told by then.
+    with cli.quiet_start():
+        from trainer import job
+
+    try:
+        with storage.exclusive(model_dir, needed=workers.is_chief):
+            result = job.run(config, data, workers, stop)
+    except Stopped as error:
+        raise Stopped(f"{error}; go on with: {_command(config)}") from error
+    if workers.is_chief:
+        console.print_result(result, config.model_dir)
+
+
+def _with_model_dir(config: Config, num_workers: int) -> Config:
+    if config.model_dir:
+        return config
+    if num_workers > 1:
+        raise RequestError("--model_dir must be given with several workers: one folder that all of them reach")
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return dataclasses.replace(config, model_dir=f"runs/{config.preset}-{started}")
+
+
+def _command(config: Config) -> str:
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--model_dir", "-model_dir"))]
+    return shlex.join(["python", "-m", "trainer.task", *given, f"--model_dir={config.model_dir}"])
+
+
+if __name__ == "__main__":
+    cli.run("trainer.task", main)
