@@ -12,7 +12,13 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.presets import PRESETS, from_preset
 
-CONTRACT = ["preset", "strategy", "model", "data_dir", "model_dir", "validation_fraction", "num_classes", "global_batch_size", "epochs", "max_steps", "steps_per_loop", "seed", "deterministic", "optimizer", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "l2", "label_smoothing", "clip_norm", "ema_decay", "gradient_accumulation_steps", "activation", "pooling", "dropout_rate", "augment", "precision", "jit_compile", "sync_batch_norm", "all_reduce", "rendezvous_timeout", "step_timeout", "grace_period", "early_stopping_patience", "checkpoint_every_steps", "keep_checkpoints", "resume", "num_devices", "profile_steps", "target_accuracy"]
+CONTRACT = """
+preset strategy model data_dir model_dir validation_fraction num_classes global_batch_size epochs max_steps steps_per_loop
+seed deterministic optimizer learning_rate lr_schedule warmup_steps weight_decay l2 label_smoothing clip_norm ema_decay
+gradient_accumulation_steps activation pooling dropout_rate augment precision jit_compile sync_batch_norm all_reduce
+rendezvous_timeout step_timeout grace_period early_stopping_patience checkpoint_every_steps keep_checkpoints resume
+num_devices profile_steps target_accuracy
+""".split()
 
 WRONG = [
     ["--preset=fastest"], ["--preset="], ["--strategy=parameter_server"], ["--strategy=Mirrored"], ["--model=resnet"],

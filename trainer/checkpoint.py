@@ -22,7 +22,8 @@ from trainer.errors import Stopped
 from trainer.steps import State
 
 _log = logging.getLogger("digitfleet")
-_DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, KeyError)
+# What TensorFlow and JSON raise for files that are cut, changed or missing.
+_DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
 
 
 @dataclasses.dataclass
@@ -114,12 +115,8 @@ class Checkpoints:
                 shutil.rmtree(self._path("step", newer))
 
     def _write(self, path: Path, fill: Callable[[Path], None]) -> None:
-        with storage.stop_when_full(f"checkpoint {path.name}", self.describe):
-            try:
-                storage.write_folder(path, fill)
-            except tf.errors.OpError as error:
-                # TensorFlow reports a full disk as ResourceExhausted, and other trouble of a disk as Unknown or Internal.
-                raise OSError(error.error_code, error.message.splitlines()[0]) from error
+        with storage.stop_when_full(f"checkpoint {path.name}", self.describe, tf.errors.OpError):
+            storage.write_folder(path, fill)
 
     def _prune(self) -> None:
         steps = self._steps("step")

@@ -47,6 +47,8 @@ def quiet_start() -> Iterator[None]:
         os.dup2(aside.fileno(), 2)
         try:
             yield
+        except JobError:
+            raise
         except BaseException:
             aside.seek(0)
             os.write(stderr, aside.read())

@@ -1,9 +1,10 @@
 """One job from configuration to result: puts the parts together, in the order in which data flows. A library, without flags."""
 
+import contextlib
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainer.cluster import Cluster
 from trainer.config import Config
 from trainer.console import ConsoleWriter
 from trainer.dataset import Dataset, Examples, split_validation
-from trainer.errors import RequestError
+from trainer.errors import RequestError, Stopped
 from trainer.export import export, weights_sha256
 from trainer.loop import Evaluation, Loop, Work
 from trainer.metrics import JsonLines, TensorBoard, Writers
@@ -80,13 +81,14 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
                 average_statistics=steps.make_average_statistics(state, topology.strategy),
                 validate=evaluate(validation_set) if validation_set else None,
             )
-            Loop(config, plan, state, work, checkpoints, progress, writers, stop, watchdog).run()
-            # The only look at the test set, after everything has been chosen.
-            test = evaluate(dataset.test)()
-            validation = work.validate() if work.validate else None
+            with _peers_can_be_lost(topology, checkpoints):
+                Loop(config, plan, state, work, checkpoints, progress, writers, stop, watchdog).run()
+                # The only look at the test set, after everything has been chosen.
+                test = evaluate(dataset.test)()
+                validation = work.validate() if work.validate else None
         result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
-        with storage.stop_when_full("the result", checkpoints.describe):
+        with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
             writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
                            "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
@@ -97,6 +99,17 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     finally:
         writers.close()
     return result
+
+
+@contextlib.contextmanager
+def _peers_can_be_lost(topology: Topology, checkpoints: Checkpoints) -> Iterator[None]:
+    """Among several workers, what TensorFlow reports of a dead peer is no defect of this one."""
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        if topology.num_workers == 1:
+            raise
+        raise Stopped(f"lost a peer ({error.message.splitlines()[0][:200]}): {checkpoints.describe()}") from error
 
 
 def _claim(model_dir: Path, config: Config, dataset: Dataset, topology: Topology) -> int:

@@ -4,6 +4,7 @@ Pictures of any size, colour and polarity; what is done to them is in `images.py
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def load_image(path: Path) -> Image.Image:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise RequestError(f"{path}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise RequestError(
@@ -44,7 +46,7 @@ def load_image(path: Path) -> Image.Image:
                 values = np.asarray(image, np.float32)
                 return Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
             rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{path}: too large: {error}") from error
     except UnidentifiedImageError as error:
         raise RequestError(f"{path}: no image: expected PNG or JPEG") from error

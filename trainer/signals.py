@@ -1,10 +1,11 @@
 """Signals and deadlines: asks the loop to stop, and ends a process that does not come to its senses.
 
-TensorFlow holds the main thread for a whole inner loop, and Python runs signal handlers in the main thread only. So the
-signals are blocked, and a thread of their own waits for them.
+TensorFlow holds the main thread for a whole inner loop, and Python runs signal handlers in the main thread only. So Python's
+C handler, which runs at once and in any thread, wakes a thread of ours through a pipe.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -33,18 +34,22 @@ class StopRequest:
 
 
 def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
-    """Handles SIGTERM and SIGINT from now on. Call it in the main thread, before other threads start.
+    """Handles SIGTERM and SIGINT from now on. Call it in the main thread.
 
     The first signal asks for a stop; a second one, or the end of the grace period (seconds), ends the process at once with 75.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def wait() -> None:
-        name = signal.Signals(signal.sigwait(_SIGNALS)).name
+        name = signal.Signals(os.read(reader, 1)[0]).name
         stop.set(name)
         seconds = grace_period()
         say(f"{name}: saving the state, then stopping (at most {seconds:g} s)")
-        if signal.sigtimedwait(_SIGNALS, seconds):
+        if select.select([reader], [], [], seconds)[0]:
             end_now(f"a second signal: stopped without saving after {name}")
         end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
 

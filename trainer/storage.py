@@ -124,17 +124,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def stop_when_full(what: str, last_good: Callable[[], str]) -> Iterator[None]:
+def stop_when_full(what: str, last_good: Callable[[], str], *errors: type[Exception]) -> Iterator[None]:
     """Turns a failed write in the middle of a job into a stop that can be resumed.
 
     Args:
         what: what is written, for the message.
         last_good: says which state is safe.
+        *errors: what a library raises in place of `OSError`.
 
     Raises:
         Stopped: the disk is full, or gone.
     """
     try:
         yield
-    except OSError as error:
-        raise Stopped(f"{what} cannot be written: {error.strerror or error}; {last_good()}") from error
+    except (OSError, *errors) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise Stopped(f"{what} cannot be written ({reason}): {last_good()}") from error

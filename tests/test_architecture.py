@@ -1,0 +1,68 @@
+"""The shape of the code: imports run one way, and flags and environment are read in one place each."""
+
+import ast
+from pathlib import Path
+
+from conftest import ROOT
+
+MODULES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "trainer").glob("*.py")}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The modules of `trainer` that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "trainer":
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("trainer.")}
+    return found
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {name: imports(tree) for name, tree in MODULES.items()}
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & set(graph)}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def test_trainer_does_not_know_what_starts_it() -> None:
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(module.split(".")[0] in ("launch", "benchmarks", "tests") for module in names), name
+
+
+def test_environment_is_read_in_one_module() -> None:
+    for name, tree in MODULES.items():
+        reads = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
+        ]
+        assert not reads or name == "cluster", name
+
+
+def test_flags_are_read_by_the_commands_alone() -> None:
+    commands = {"task", "evaluate", "predict", "cli"}
+    for name, tree in MODULES.items():
+        reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "FLAGS"]
+        assert not reads or name in commands, name
+
+
+def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
+    """TensorFlow takes seconds: a wrong flag is told at once."""
+    light = {"task", "flags", "config", "presets", "cli", "cluster", "dataset", "idx", "errors", "storage", "signals", "console"}
+    for name in light:
+        for node in MODULES[name].body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {module.split(".")[0] for module in names} & {"tensorflow", "keras", "sklearn"}, name
+            assert not (imports(node) if isinstance(node, ast.ImportFrom) else set()) - light - {"__init__"}, name
+
+
+def test_files_stay_small() -> None:
+    for path in Path(ROOT / "trainer").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path

@@ -1,0 +1,376 @@
+"""Whole jobs on tiny data, as real processes where a process is what is tested."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, TINY, arguments, lines_of
+
+from trainer import dataset, evaluate
+from trainer.errors import DivergedError, RequestError, Stopped
+from trainer.export import weights_sha256
+from trainer.signals import StopRequest
+
+RESULT_FIELDS = """
+test_accuracy test_loss test_examples validation_accuracy steps epochs train_seconds images_per_second num_replicas num_workers
+strategy preset seed precision global_batch_size restarts weights_sha256
+""".split()
+
+
+def checkpoints_in(model_dir: Path, kind: str = "step") -> list[Path]:
+    return sorted((model_dir / "checkpoints").glob(f"{kind}-*"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The folder of a job that has run to its end on two replicas."""
+    model_dir = tmp_path_factory.mktemp("finished") / "run"
+    options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (model_dir / "stdout").write_text(done.stdout)
+    (model_dir / "stderr").write_text(done.stderr)
+    return model_dir
+
+
+def test_result_has_every_field_of_the_contract_and_counts_every_example(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert list(result) == RESULT_FIELDS
+    expected = {"test_examples": 203, "steps": 96, "epochs": 6.0, "num_replicas": 2, "num_workers": 1, "strategy": "mirrored",
+                "preset": "fast", "seed": 0, "precision": "float32", "global_batch_size": 32, "restarts": 0}  # fmt: skip
+    assert {name: result[name] for name in expected} == expected
+    assert result["test_accuracy"] > 0.8
+    assert result["test_accuracy"] * 203 == pytest.approx(round(result["test_accuracy"] * 203))
+    assert result["train_seconds"] > 0 < result["images_per_second"]
+
+
+def test_accuracy_is_scikit_learns_on_the_exported_models_predictions(finished: Path, tiny_data: Path) -> None:
+    from sklearn.metrics import accuracy_score
+
+    result = json.loads((finished / "result.json").read_text())
+    test = dataset.load(str(tiny_data)).test
+    model = keras.models.load_model(finished / "model.keras")
+    predictions = model.predict(test.images.astype(np.float32), verbose=0).argmax(1)
+    assert result["test_accuracy"] == accuracy_score(test.labels, predictions)
+    assert weights_sha256(model) == result["weights_sha256"]
+    again = evaluate.evaluate(str(finished), str(tiny_data))
+    assert again["test_accuracy"] == result["test_accuracy"]
+    assert again["test_examples"] == 203
+    assert again["test_loss"] == pytest.approx(result["test_loss"], rel=1e-4)
+
+
+def test_export_takes_floats_of_both_scales_bytes_and_uint8(finished: Path, tiny_data: Path) -> None:
+    images = dataset.load(str(tiny_data)).test.images[:20]
+    signatures = tf.saved_model.load(str(finished / "export")).signatures
+    expected = signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy()
+    np.testing.assert_allclose(expected.sum(1), 1, rtol=1e-5)
+    for scale in (1, 255):
+        floats = tf.constant(images.astype(np.float32) / scale)
+        np.testing.assert_allclose(signatures["serving_default"](images=floats)["probabilities"], expected, atol=1e-5)
+    encoded = tf.stack([tf.io.encode_png(image) for image in images])
+    found = signatures["image_bytes"](image_bytes=encoded)
+    np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
+    np.testing.assert_array_equal(found["classes"], expected.argmax(1))
+
+
+def test_metrics_hold_every_split_with_finite_values_in_order(finished: Path) -> None:
+    train, validation, test = (lines_of(finished, split) for split in ("train", "validation", "test"))
+    assert [line["step"] for line in validation] == [16, 32, 48, 64, 80, 96]
+    assert len(test) == 1
+    steps = [line["step"] for line in train]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 96
+    assert all(np.isfinite(line["loss"]) and 0 <= line["accuracy"] <= 1 for line in train + validation + test)
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[0]["images_per_second"] is None, "the first call compiles and says nothing about speed"
+    assert train[-1]["learning_rate"] < max(line["learning_rate"] for line in train)
+
+
+def test_tensorboard_holds_the_scalars_of_every_split_and_the_configuration(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = {}
+    for split in ("train", "validation", "test"):
+        events = EventAccumulator(str(finished / "tensorboard" / split))
+        events.Reload()
+        tags[split] = set(events.Tags()["tensors"])
+    assert {"loss", "accuracy", "optimizer/learning_rate", "speed/images_per_second", "configuration"} <= tags["train"]
+    assert {"loss", "accuracy"} <= tags["validation"] & tags["test"]
+
+
+def test_configuration_is_written_with_versions_topology_and_seed(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["seed"] == 0
+    assert config["config"]["global_batch_size"] == 32
+    assert config["topology"]["num_replicas"] == 2
+    assert config["versions"]["tensorflow"] == tf.__version__
+
+
+def test_output_is_plain_lines_without_tensorflows_noise(finished: Path) -> None:
+    stderr, stdout = (finished / "stderr").read_text(), (finished / "stdout").read_text()
+    assert all(line.startswith("trainer.task: ") for line in stderr.splitlines()), stderr
+    assert "mirrored (--strategy): 2 replicas on 1 workers" in stderr
+    assert "test accuracy" in stdout
+    assert "\x1b" not in stdout + stderr
+    assert re.search(r"step +96 .* images/s", stdout)
+
+
+def test_old_checkpoints_are_removed_and_the_newest_kept(finished: Path) -> None:
+    assert [path.name for path in checkpoints_in(finished)] == ["step-00000080", "step-00000090", "step-00000096"]
+    assert len(checkpoints_in(finished, "best")) <= 3
+
+
+def test_finished_job_is_not_done_again(finished: Path, tiny_data: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
+    options = {**TINY, "data_dir": tiny_data, "model_dir": finished, "epochs": 6}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "has finished already" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weights(
+    number: int, start_job, tmp_path: Path
+) -> None:
+    options = {"deterministic": True, "epochs": 12, "augment": "affine", "dropout_rate": 0.3, "early_stopping_patience": 40}
+    whole = start_job(model_dir=tmp_path / "whole", **options).finish()
+    job = start_job(**options)
+    job.wait_for(lambda: job.step() >= 35, "step 35")
+    job.process.send_signal(number)
+    assert job.wait() == 75
+    log = job.log.read_text()
+    stopped = int(re.search(r"stopped at step (\d+) of 192", log).group(1))
+    assert checkpoints_in(job.model_dir)[-1].name == f"step-{stopped:08d}"
+    command = re.search(r"go on with: python (.*)", log).group(1)
+    assert "\n" not in command
+    resumed = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from step {stopped}" in resumed.stderr
+    result = json.loads((job.model_dir / "result.json").read_text())
+    assert result["weights_sha256"] == whole["weights_sha256"]
+    assert result["restarts"] == 1
+    steps = [line["step"] for line in lines_of(job.model_dir, "train")]
+    assert steps == sorted(set(steps)), "no step is told twice"
+
+
+def test_killed_job_loses_at_most_checkpoint_every_steps(start_job) -> None:
+    job = start_job(epochs=12)
+    job.wait_for(lambda: job.step() >= 45, "step 45")
+    job.kill()
+    reached = job.step()
+    assert not (job.model_dir / "result.json").exists()
+    again = start_job(epochs=12)
+    again.finish()
+    resumed = int(re.search(r"going on from step (\d+)", again.log.read_text()).group(1))
+    assert reached - 10 - 5 <= resumed <= reached + 5
+
+
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run_here, caplog, tmp_path: Path) -> None:
+    options = {"epochs": 3, "early_stopping_patience": 5}
+    whole = run_here(model_dir=str(tmp_path / "whole"), **options)
+    model_dir = tmp_path / "run"
+    run_here(**options)
+    (model_dir / "result.json").unlink()
+    newest, before = checkpoints_in(model_dir)[:-3:-1]
+    data = newest / "state.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    data.write_bytes(content)
+    caplog.set_level("INFO", "digitfleet")
+    result = run_here(**options)
+    assert f"{newest} is damaged" in caplog.text
+    assert f"going on from step {int(before.name[5:])}" in caplog.text
+    assert result["steps"] == whole["steps"]
+
+
+@pytest.mark.parametrize("name", ["state.index", "state.data-00000-of-00001", "loop.json"])
+def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_here, caplog, tmp_path: Path) -> None:
+    run_here(epochs=3)
+    model_dir = tmp_path / "run"
+    (model_dir / "result.json").unlink()
+    newest, second, third = checkpoints_in(model_dir)[::-1]
+    (newest / name).unlink()
+    (second / name).write_bytes((second / name).read_bytes()[:-7])
+    caplog.set_level("INFO", "digitfleet")
+    run_here(epochs=3)
+    assert f"going on from step {int(third.name[5:])}" in caplog.text
+
+
+def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, tmp_path: Path) -> None:
+    run_here()
+    (tmp_path / "run" / "result.json").unlink()
+    for path in checkpoints_in(tmp_path / "run"):
+        (path / "state.index").write_bytes(b"nothing")
+    with pytest.raises(Stopped, match="every checkpoint"):
+        run_here()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"global_batch_size": 64}, {"epochs": 3}, {"precision": "mixed_bfloat16"}])
+def test_folder_of_another_configuration_is_refused_with_the_difference(change: dict, run_here, tmp_path: Path) -> None:
+    run_here(epochs=1)
+    (tmp_path / "run" / "result.json").unlink()
+    ((name, value),) = change.items()
+    with pytest.raises(RequestError, match=f"another configuration: {name} .* -> {value}"):
+        run_here(**{"epochs": 1, **change})
+
+
+def test_folder_of_other_data_is_refused(run_here, tmp_path: Path, tiny_data: Path) -> None:
+    run_here(epochs=1)
+    with pytest.raises(RequestError, match="data_sha256"):
+        other = tmp_path / "other"
+        other.mkdir()
+        for path in tiny_data.iterdir():
+            (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
+        run_here(epochs=1, data_dir=str(other))
+
+
+def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, tmp_path: Path) -> None:
+    run_here(epochs=1, resume=False)
+    with pytest.raises(RequestError, match="--noresume"):
+        run_here(epochs=1, resume=False)
+
+
+def test_early_stopping_uses_the_best_weights(run_here, tmp_path: Path) -> None:
+    result = run_here(epochs=60, early_stopping_patience=2, learning_rate=0.02, lr_schedule="constant")
+    validation = lines_of(tmp_path / "run", "validation")
+    assert len(validation) < 60
+    best = max(range(len(validation)), key=lambda index: (validation[index]["accuracy"], -validation[index]["loss"]))
+    assert len(validation) == best + 1 + 2
+    assert result["validation_accuracy"] == pytest.approx(validation[best]["accuracy"])
+    assert result["steps"] == validation[-1]["step"]
+
+
+def test_training_ends_at_the_target_accuracy(run_here, tmp_path: Path) -> None:
+    result = run_here(epochs=60, target_accuracy=0.8)
+    validation = lines_of(tmp_path / "run", "validation")
+    assert validation[-1]["accuracy"] >= 0.8
+    assert all(line["accuracy"] < 0.8 for line in validation[:-1])
+    assert result["steps"] < 960
+
+
+def test_max_steps_ends_training_and_its_schedule(run_here, tmp_path: Path) -> None:
+    assert run_here(max_steps=7)["steps"] == 7
+    last = lines_of(tmp_path / "run", "train")[-1]
+    assert last["learning_rate"] < 0.01
+
+
+def test_loss_that_is_not_finite_names_step_and_checkpoint(run_here, tmp_path: Path) -> None:
+    with pytest.raises(
+        DivergedError, match=r"the loss is (nan|inf) at step \d+: .*; (no checkpoint yet|the last good)"
+    ) as caught:
+        run_here(optimizer="sgd", learning_rate=1e38, lr_schedule="constant", model="cnn")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_stop_before_the_first_step_loses_nothing(run_here, tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.set("SIGTERM")
+    with pytest.raises(Stopped, match="stopped at step 5"):
+        run_here(stop)
+    assert run_here()["restarts"] == 1
+
+
+def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, tmp_path: Path) -> None:
+    whole = run_here(model_dir=str(tmp_path / "whole"), ema_decay=0.9)
+    plain = run_here(model_dir=str(tmp_path / "plain"))
+    assert whole["weights_sha256"] != plain["weights_sha256"]
+    stop = StopRequest()
+    stop.set("SIGTERM")
+    with pytest.raises(Stopped):
+        run_here(stop, ema_decay=0.9)
+    again = run_here(ema_decay=0.9)
+    assert again["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_profile_of_the_given_steps_is_written(run_here, tmp_path: Path) -> None:
+    run_here(profile_steps="8,12", epochs=1)
+    assert list((tmp_path / "run" / "tensorboard").rglob("*.xplane.pb"))
+
+
+def test_second_job_in_the_same_folder_is_refused(start_job) -> None:
+    first = start_job(epochs=200)
+    first.wait_for(lambda: (first.model_dir / "config.json").exists(), "config.json")
+    second = start_job(epochs=200)
+    assert second.wait() == 2
+    assert "another job is writing there" in second.log.read_text()
+
+
+def test_job_without_progress_ends_with_75_after_step_timeout(start_job) -> None:
+    job = start_job(step_timeout=0.2)
+    assert job.wait() == 75
+    assert "nothing has moved for --step_timeout=0.2 s" in job.log.read_text()
+
+
+def test_job_that_cannot_save_within_the_grace_period_ends_with_75(start_job) -> None:
+    job = start_job(steps_per_loop=100_000, checkpoint_every_steps=100_000, epochs=10_000, grace_period=1, validation_fraction=0)
+    job.wait_for(lambda: (job.model_dir / "config.json").exists(), "config.json")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75
+    assert "could not be saved within --grace_period=1 s" in job.log.read_text()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere/run", "/dev/null/run"])
+def test_folder_that_cannot_be_written_is_refused(folder: str, start_job) -> None:
+    job = start_job(model_dir=folder)
+    assert job.wait() == 2
+    (line,) = job.log.read_text().splitlines()
+    assert folder in line
+
+
+REFUSED = {
+    "indivisible batch": ({"strategy": "mirrored", "num_devices": 3}, "use 30 or 33"),
+    "batch larger than the data": ({"global_batch_size": 1024}, "512 training examples"),
+    "no cluster": ({"strategy": "multi_worker"}, "no cluster is described"),
+    "nccl without GPUs": ({"strategy": "mirrored", "num_devices": 2, "all_reduce": "nccl"}, "TensorFlow sees none"),
+    "ring without workers": ({"strategy": "mirrored", "num_devices": 2, "all_reduce": "ring"}, "needs --strategy=multi_worker"),
+    "reduction on one device": ({"all_reduce": "ring"}, "nothing to reduce with"),
+    "XLA with synchronised BN": ({"num_devices": 2, "jit_compile": True}, "--nosync_batch_norm"),
+    "accumulation": ({"gradient_accumulation_steps": 16, "num_devices": 4}, "16 accumulated parts"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_request_that_cannot_be_met_is_one_line_and_leaves_nothing(kind: str, start_job) -> None:
+    options, words = REFUSED[kind]
+    job = start_job(**options)
+    assert job.wait() == 2
+    (line,) = job.log.read_text().splitlines()
+    assert words in line
+    assert not job.model_dir.exists()
+
+
+def test_terminal_shows_a_progress_bar_and_a_table_in_colour(tiny_data: Path, tmp_path: Path) -> None:
+    options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run"}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, env=environment)
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux reports the end of a terminal so.
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    text = output.decode()
+    assert "━" in text
+    assert "images/s" in text
+    assert re.search(r"\x1b\[1;32m\d+\.\d+%", text)

@@ -1,0 +1,169 @@
+"""Pictures of any size, colour and polarity, and clear words for what is no picture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, TINY, arguments
+from PIL import Image
+
+from trainer import predict
+from trainer.errors import RequestError
+from trainer.images import gray_from_bytes, to_model_input
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained for 60 steps on all of MNIST: good enough to read clean digits."""
+    folder = tmp_path_factory.mktemp("model") / "run"
+    options = {**TINY, "model_dir": folder, "max_steps": 60, "global_batch_size": 256, "steps_per_loop": 60, "augment": "affine"}
+    subprocess.run([sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(mnist) -> list[tuple[np.ndarray, int]]:
+    """The first of each of ten digits of the test set."""
+    return [
+        (mnist.test.images[index, ..., 0], digit) for digit in range(10) for index in [int(np.argmax(mnist.test.labels == digit))]
+    ]
+
+
+def draw(pixels: np.ndarray, kind: str) -> Image.Image:
+    """A digit as people bring it."""
+    image = Image.fromarray(pixels)
+    large = image.resize((280, 280), Image.Resampling.BICUBIC)
+    if kind == "same":
+        return image
+    if kind == "dark on light":
+        return Image.fromarray(255 - pixels)
+    if kind == "large":
+        return large
+    if kind == "photo":  # Dark blue on beige, wide, off centre, with noise.
+        canvas = np.full((400, 700, 3), (235, 225, 205), np.float32)
+        ink = np.asarray(large, np.float32)[..., None] / 255
+        canvas[60:340, 350:630] = canvas[60:340, 350:630] * (1 - ink) + np.array([30, 40, 120]) * ink
+        canvas += np.random.default_rng(0).normal(0, 4, canvas.shape)
+        return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    if kind == "transparent":  # Black ink, nothing behind it.
+        rgba = np.zeros((280, 280, 4), np.uint8)
+        rgba[..., 3] = np.asarray(large)
+        return Image.fromarray(rgba)
+    if kind == "palette":
+        return large.convert("P")
+    if kind == "16 bit":
+        return Image.fromarray(np.asarray(large).astype(np.uint16) * 257)
+    assert kind == "one bit"
+    return large.point(lambda value: 255 * (value > 100)).convert("1")
+
+
+@pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent", "palette", "16 bit", "one bit"])
+def test_digits_are_read_from_pictures_of_every_kind(kind: str, digits, model_dir: Path, tmp_path: Path) -> None:
+    paths = []
+    for pixels, digit in digits:
+        paths.append(tmp_path / f"{digit}.png")
+        draw(pixels, kind).save(paths[-1])
+    plain = predict.predict(str(model_dir), paths)
+    right = sum(prediction["digit"] == digit for prediction, (_, digit) in zip(plain, digits, strict=True))
+    assert right >= 9, [(prediction["digit"], round(prediction["probability"], 2)) for prediction in plain]
+
+
+def test_jpeg_and_its_orientation_are_understood(digits, model_dir: Path, tmp_path: Path) -> None:
+    picture = draw(digits[7][0], "large").rotate(90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn clockwise to show.
+    picture.save(tmp_path / "seven.jpg", exif=exif)
+    assert predict.predict(str(model_dir), [tmp_path / "seven.jpg"])[0]["digit"] == 7
+
+
+@pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent"])
+def test_command_and_exported_signature_see_the_same(kind: str, digits, tmp_path: Path) -> None:
+    draw(digits[5][0], kind).save(tmp_path / "a.png")
+    ours = to_model_input(tf.constant(np.asarray(predict.load_image(tmp_path / "a.png"), np.float32)), 28, 28)
+    exported = to_model_input(gray_from_bytes(tf.constant((tmp_path / "a.png").read_bytes())), 28, 28)
+    np.testing.assert_allclose(ours, exported, atol=4)
+
+
+def test_picture_of_the_networks_size_is_left_alone(digits) -> None:
+    pixels = digits[3][0].astype(np.float32)
+    np.testing.assert_array_equal(to_model_input(tf.constant(pixels), 28, 28)[..., 0], pixels)
+    np.testing.assert_array_equal(to_model_input(tf.constant(255 - pixels), 28, 28)[..., 0], pixels)
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_empty_page_is_no_accident(value: int) -> None:
+    found = to_model_input(tf.fill([90, 60], float(value)), 28, 28).numpy()
+    assert np.isfinite(found).all()
+    assert found.shape == (28, 28, 1)
+
+
+WRONG = {
+    "text": (b"not a picture", "no image"),
+    "empty": (b"", "no image"),
+    "cut PNG": (None, "a.png"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_image_is_refused_with_its_name(kind: str, tmp_path: Path) -> None:
+    content, words = WRONG[kind]
+    if content is None:
+        Image.effect_noise((200, 200), 50).save(tmp_path / "a.png")
+        content = (tmp_path / "a.png").read_bytes()[:5000]
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(RequestError, match=words) as caught:
+        predict.load_image(tmp_path / "a.png")
+    assert str(tmp_path / "a.png") in str(caught.value)
+
+
+def test_missing_file_folder_and_too_large_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="No such file"):
+        predict.load_image(tmp_path / "none.png")
+    with pytest.raises(RequestError, match="cannot be read"):
+        predict.load_image(tmp_path)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(RequestError, match="too large: .*100000000 pixels"):
+        predict.load_image(tmp_path / "bomb.png")
+    with open(tmp_path / "long.png", "wb") as file:
+        file.truncate(40 * 2**20)
+    with pytest.raises(RequestError, match="40 MiB are too large"):
+        predict.load_image(tmp_path / "long.png")
+
+
+def test_command_prints_a_line_an_image(digits, model_dir: Path, tmp_path: Path) -> None:
+    draw(digits[1][0], "photo").save(tmp_path / "one.png")
+    command = [sys.executable, "-m", "trainer.predict", f"--model_dir={model_dir}", str(tmp_path / "one.png")]
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert plain.stdout.startswith(f"{tmp_path / 'one.png'}: 1  (")
+    assert plain.stderr == ""
+    done = subprocess.run([*command, "--format=json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    prediction = json.loads(done.stdout)
+    assert prediction["digit"] == 1
+    assert sum(prediction["probabilities"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "words"),
+    [
+        ("predict", ["a.png"], "--model_dir must be given"),
+        ("predict", ["--model_dir=/nowhere"], "no image given"),
+        ("predict", ["--model_dir=/nowhere", "{image}"], "no finished job"),
+        ("evaluate", [], "--model_dir must be given"),
+        ("evaluate", ["--model_dir=/nowhere"], "no finished job"),
+        ("evaluate", ["--model_dir=/nowhere", "--data_dir=/nowhere"], "is there"),
+        ("evaluate", ["--model_dir=/nowhere", "--format=xml"], "--format"),
+    ],
+)
+def test_wrong_request_is_one_line_and_exit_code_2(program: str, argv: list[str], words: str, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    given = [argument.format(image=tmp_path / "a.png") for argument in argv]
+    done = subprocess.run(
+        [sys.executable, "-m", f"trainer.{program}", *given], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert words in line

@@ -1,0 +1,90 @@
+"""Writes are whole or not there, and a disk that fills up costs nothing that was saved."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, arguments
+
+from trainer import storage
+from trainer.errors import RequestError
+from trainer.metrics import JsonLines
+
+
+class CrashError(Exception):
+    pass
+
+
+def test_crash_while_writing_a_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    storage.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+
+    def crash(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        storage.write_folder(target, crash)
+    assert (target / "a").read_text() == "old"
+    storage.write_folder(target, lambda folder: (folder / "b").write_text("new"))
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_crash_while_writing_a_file_leaves_the_old_one(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "result.json", {"a": 1})
+
+    def crash(path: Path) -> None:
+        path.write_text('{"a"')
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        storage.write_file(tmp_path / "result.json", crash)
+    assert storage.read_json(tmp_path / "result.json") == {"a": 1}
+
+
+def test_nearly_full_disk_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30, 2**30 - 2**20, 2**20))
+    with pytest.raises(RequestError, match="1 MiB free on its disk, at least 64 MiB"):
+        storage.prepare_folder(tmp_path)
+
+
+def test_lines_after_the_step_gone_on_from_are_removed_and_so_is_a_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 2, "lo')
+    lines = JsonLines(path, first_step=2)
+    lines.write({"step": 3, "loss": float("nan")})
+    lines.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+
+
+def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goes_on(start_job) -> None:
+    """A limit on file size stands for a full disk: checkpoints do not fit, the small files do."""
+    job = start_job(epochs=12)
+    job.wait_for(lambda: job.step() >= 20, "step 20")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    saved = sorted((job.model_dir / "checkpoints").iterdir())[-1]
+    options = {**TINY, "data_dir": _flag(job, "data_dir"), "model_dir": job.model_dir, "epochs": 12}
+    limited = subprocess.run(
+        [sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )  # fmt: skip
+    assert limited.returncode == 75, limited.stderr
+    last = limited.stderr.splitlines()[-1]
+    assert "cannot be written" in last
+    assert f"the last good checkpoint is {saved}" in last
+    assert "Traceback" not in limited.stderr
+    assert start_job(epochs=12).finish()["restarts"] == 2
+
+
+def _flag(job, name: str) -> str:
+    (value,) = [argument.split("=", 1)[1] for argument in job.process.args if argument.startswith(f"--{name}=")]
+    return value
