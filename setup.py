@@ -40,7 +40,7 @@ setup(
     install_requires=_REQUIRES,
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
-        "dev": ["mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "build>=1.3,<2"],
+        "dev": ["mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "setuptools>=77"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

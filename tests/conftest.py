@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -143,6 +144,29 @@ def start_job(tmp_path: Path, tiny_data: Path):
     yield start
     for job in jobs:
         job.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def start_workers(start_job):
+    """Starts the workers of one job as processes of this machine."""
+
+    def start(num_workers: int, **options: Any) -> list[Job]:
+        workers = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
+        configs = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}} for index in range(num_workers)]
+        return [start_job({"TF_CONFIG": json.dumps(config)}, **options) for config in configs]
+
+    return start
 
 
 @pytest.fixture

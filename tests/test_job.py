@@ -228,11 +228,11 @@ def test_folder_of_another_configuration_is_refused_with_the_difference(change: 
 
 def test_folder_of_other_data_is_refused(run_here, tmp_path: Path, tiny_data: Path) -> None:
     run_here(epochs=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in tiny_data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(RequestError, match="data_sha256"):
-        other = tmp_path / "other"
-        other.mkdir()
-        for path in tiny_data.iterdir():
-            (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
         run_here(epochs=1, data_dir=str(other))
 
 

@@ -126,7 +126,7 @@ def test_missing_file_folder_and_too_large_files_are_refused(tmp_path: Path) -> 
     with pytest.raises(RequestError, match="cannot be read"):
         predict.load_image(tmp_path)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(RequestError, match="too large: .*100000000 pixels"):
+    with pytest.raises(RequestError, match=r"too large: .*100000000 pixels"):
         predict.load_image(tmp_path / "bomb.png")
     with open(tmp_path / "long.png", "wb") as file:
         file.truncate(40 * 2**20)

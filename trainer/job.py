@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import __version__, pipeline, steps, storage
+from trainer import __version__, pipeline, rendezvous, steps, storage
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.cluster import Cluster
 from trainer.config import Config
@@ -25,7 +25,7 @@ from trainer.metrics import JsonLines, TensorBoard, Writers
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.plan import Plan, make_plan
-from trainer.signals import StopRequest, Watchdog
+from trainer.signals import StopRequest, Watchdog, install_handlers
 from trainer.topology import Topology, configure_tensorflow, make_topology
 
 _log = logging.getLogger("digitfleet")
@@ -51,8 +51,9 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
-    with Watchdog(config.rendezvous_timeout if len(cluster.workers) > 1 else 0, "--rendezvous_timeout"):
-        topology = make_topology(config, cluster)
+    rendezvous.meet(cluster, config.rendezvous_timeout, stop)
+    topology = make_topology(config, cluster)
+    install_handlers(stop)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
     plan = make_plan(config, len(train_set), topology.num_replicas)
     restarts = _claim(model_dir, config, dataset, topology)

@@ -22,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._name = ""
+        self.listening = False
 
     @property
     def name(self) -> str:
@@ -40,9 +41,9 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in _SIGNALS:
-        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    stop.listening = True
+    install_handlers(stop)
 
     def wait() -> None:
         name = signal.Signals(os.read(reader, 1)[0]).name
@@ -54,6 +55,16 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
         end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def install_handlers(stop: StopRequest) -> None:
+    """Takes the signals (back). TensorFlow's coordination service, which workers start, puts its own handler of SIGTERM in place.
+
+    Does nothing where nobody listens: signals belong to the caller of a library.
+    """
+    if stop.listening:
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)
 
 
 def say(text: str) -> None:

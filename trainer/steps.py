@@ -174,7 +174,7 @@ def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> C
 
     def replica_average() -> None:
         context = tf.distribute.get_replica_context()
-        means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.convert_to_tensor(variable) for variable in variables])
+        means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(variable.value) for variable in variables])
         for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)
 

@@ -135,8 +135,9 @@ def stop_when_full(what: str, last_good: Callable[[], str], *errors: type[Except
     Raises:
         Stopped: the disk is full, or gone.
     """
+    failures: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, *errors) as error:
+    except failures as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise Stopped(f"{what} cannot be written ({reason}): {last_good()}") from error

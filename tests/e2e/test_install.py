@@ -1,0 +1,34 @@
+"""What is installed is the whole project and nothing else. Slow: it builds a wheel and trains from it."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.e2e
+
+
+def test_wheel_brings_the_data_along_and_trains_in_an_empty_folder(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    wheel_options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*pip, "wheel", *wheel_options, "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("digitfleet-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sum(name.startswith("trainer/mnist/") and name.endswith("ubyte.gz") for name in names) == 4
+    assert "trainer/mnist/LICENSE" in names
+    assert "trainer/py.typed" in names
+    assert not [name for name in names if name.startswith("tests")]
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--quiet", "--target", str(tmp_path / "site"), str(wheel)], check=True
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "trainer.task", "--preset=fast", "--max_steps=2"]
+    (tmp_path / "empty").mkdir()
+    subprocess.run(command, cwd=tmp_path / "empty", env=environment, check=True, stdout=subprocess.DEVNULL)
+    (result,) = (tmp_path / "empty" / "runs").glob("fast-*/result.json")
+    assert json.loads(result.read_text())["test_examples"] == 10_000

@@ -1,0 +1,69 @@
+"""What the presets promise, on all of MNIST. Slow: they train to the end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.e2e
+
+
+def train(model_dir: Path, *argv: str) -> dict:
+    command = [sys.executable, "-m", "trainer.task", f"--model_dir={model_dir}", *argv]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((model_dir / "result.json").read_text())
+
+
+def test_fast_reaches_99_percent_in_two_epochs_over_five_seeds(tmp_path: Path) -> None:
+    results = [train(tmp_path / str(seed), "--preset=fast", f"--seed={seed}") for seed in range(5)]
+    accuracies = [result["test_accuracy"] for result in results]
+    print(f"fast: {accuracies}")
+    assert max(result["epochs"] for result in results) <= 2.01
+    assert sum(accuracies) / 5 >= 0.990
+
+
+def test_default_reaches_its_accuracy_within_time_and_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer.task", f"--model_dir={tmp_path / 'run'}", "--strategy=mirrored"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    print(f"default: {result['test_accuracy']:.2%} in {result['train_seconds']:.0f} s, {usage.ru_maxrss / 2**20:.2f} GiB")
+    assert result["test_accuracy"] >= 0.994
+    assert result["test_examples"] == 10_000
+    assert usage.ru_maxrss < 2 * 2**20, "KiB"
+
+
+@pytest.mark.parametrize(("preset", "accuracy"), [("article", 0.988), ("baseline", 0.988)])
+def test_articles_networks_reach_their_accuracy(preset: str, accuracy: float, tmp_path: Path) -> None:
+    """A single seed, so below the mean that the README gives."""
+    assert train(tmp_path / "run", f"--preset={preset}")["test_accuracy"] >= accuracy
+
+
+def test_first_step_comes_soon_after_tensorflows_import(tmp_path: Path) -> None:
+    """A ratio within this run: from command to first step, without compilation, against a bare import."""
+    ratios = []
+    for attempt in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
+        bare = time.monotonic() - started
+        model_dir = tmp_path / str(attempt)
+        command = [sys.executable, "-m", "trainer.task", f"--model_dir={model_dir}", "--max_steps=1"]
+        started = time.monotonic()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        metrics = model_dir / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        first_step = time.monotonic() - started
+        assert process.wait() == 0
+        compilation = json.loads((model_dir / "result.json").read_text())["train_seconds"]
+        ratios.append((first_step - compilation) / bare)
+    print(f"ratios {ratios}")
+    assert sorted(ratios)[1] <= 1.5
