@@ -15,9 +15,9 @@ def _version() -> str:
 
 
 _REQUIRES = [
-    # 2.21 is the first release whose behaviour the workarounds here were written for; Keras 3.15 likewise.
+    # The workarounds here were written for TensorFlow 2.21 and Keras 3.12 (the last for Python 3.10) to 3.15.
     "tensorflow>=2.21,<2.22",
-    "keras>=3.15,<3.16",
+    "keras>=3.12,<3.16",
     "tensorboard>=2.20,<2.22",
     "absl-py>=2.3,<3",
     "numpy>=2.0,<3",

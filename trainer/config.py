@@ -92,7 +92,9 @@ class Config:
         at_least=1,
         result=False,
     )
-    seed: int = option(0, "Seed of the initial weights, the order of examples, augmentation and dropout.", at_least=0)
+    seed: int = option(
+        0, "Seed of the initial weights, the order of examples, augmentation and dropout.", at_least=0, at_most=2**32 - 1
+    )
     deterministic: bool = option(False, "Use deterministic kernels only: same seed, same bits; slower on GPUs.")
     optimizer: str = option(
         "adam",
@@ -121,7 +123,10 @@ class Config:
         0.0, "Decay of the moving average of weights that is evaluated and exported. 0: the weights.", at_least=0, below=1
     )
     gradient_accumulation_steps: int = option(
-        1, "Parts that each replica's batch is processed in, one after the other, to save memory.", at_least=1
+        1,
+        "Parts that each replica's batch is processed in, one after the other, to save memory. Batch normalisation takes "
+        "its statistics over each part.",
+        at_least=1,
     )
     activation: str = option(
         "relu", "Activation of the hidden layers.", choices=("relu", "elu", "gelu", "leaky_relu", "silu", "tanh")

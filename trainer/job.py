@@ -119,7 +119,8 @@ def _claim(model_dir: Path, config: Config, dataset: Dataset, topology: Topology
     options = {**config.result_fields(), "data_sha256": dataset.sha256}
     before = storage.read_json(path)
     if before:
-        if not config.resume:
+        # The chief alone: on a worker the file may be what the chief has written just now.
+        if not config.resume and topology.is_chief:
             raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
         old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in options.items() if old.get(name) != value]

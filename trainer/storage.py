@@ -71,7 +71,10 @@ def _remove_if_unused(folder: Path, lock: Path) -> None:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replaces the folder `target` by one that `fill` has written; a crash leaves the old or the new one, never half of one."""
+    """Replaces the folder `target` by one that `fill` has written; a crash never leaves half of one.
+
+    Folders cannot be exchanged in one step: a crash between two renames leaves the old one as `.NAME.old`.
+    """
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -49,8 +49,8 @@ def _with_model_dir(config: Config, num_workers: int) -> Config:
 
 
 def _command(config: Config) -> str:
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--model_dir", "-model_dir"))]
-    return shlex.join(["python", "-m", "trainer.task", *given, f"--model_dir={config.model_dir}"])
+    model_dir = [] if flags.FLAGS.model_dir else [f"--model_dir={config.model_dir}"]
+    return shlex.join(["python", "-m", "trainer.task", *sys.argv[1:], *model_dir])
 
 
 if __name__ == "__main__":
