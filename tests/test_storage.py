@@ -32,6 +32,7 @@ def test_crash_while_writing_a_folder_leaves_the_old_one(tmp_path: Path) -> None
     with pytest.raises(CrashError):
         storage.write_folder(target, crash)
     assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"], "a half may fill the disk"
     storage.write_folder(target, lambda folder: (folder / "b").write_text("new"))
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

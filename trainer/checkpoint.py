@@ -109,7 +109,10 @@ class Checkpoints:
         return None
 
     def remove_newer(self, step: int) -> None:
-        """Removes checkpoints after `step`: damaged ones that training passes again."""
+        """Removes checkpoints after `step`, damaged ones that training passes again, and what a crash left half written."""
+        for rest in self._folder.glob(".*"):
+            if self._is_chief:
+                shutil.rmtree(rest)
         for newer in self._steps("step"):
             if newer > step and self._is_chief:
                 shutil.rmtree(self._path("step", newer))

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,9 +79,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    fill(temporary)
-    for path in temporary.rglob("*"):
-        _sync(path)
+    try:
+        fill(temporary)
+        for path in temporary.rglob("*"):
+            _sync(path)
+    except BaseException:
+        # On a full disk, its own half is what is in the way of the next attempt.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -142,5 +148,7 @@ def stop_when_full(what: str, last_good: Callable[[], str], *errors: type[Except
     try:
         yield
     except failures as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        # TensorFlow puts the operation in braces before what is wrong.
+        reason = re.sub(r"^\{\{.*?\}\} *", "", text)
         raise Stopped(f"{what} cannot be written ({reason}): {last_good()}") from error
