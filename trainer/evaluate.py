@@ -11,10 +11,6 @@ from trainer.errors import RequestError
 
 _BATCH = 1000
 
-flags.DEFINE_string("model_dir", None, "Folder of a finished job.", module_name="trainer.evaluate")
-flags.DEFINE_string("data_dir", "", "Folder with the IDX files. Empty: the embedded MNIST.", module_name="trainer.evaluate")
-flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", module_name="trainer.evaluate")
-
 
 def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     """Counts every example of the test set exactly once.
@@ -55,6 +51,19 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     }
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds this command's flags."""
+    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name="trainer.evaluate")
+    flags.DEFINE_string(
+        "data_dir",
+        "",
+        "Folder with the IDX files. Empty: the embedded MNIST.",
+        flag_values=values,
+        module_name="trainer.evaluate",
+    )
+    flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", flag_values=values, module_name="trainer.evaluate")
+
+
 def main(positional: list[str]) -> None:
     """Prints the evaluation."""
     if positional:
@@ -69,4 +78,5 @@ def main(positional: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     cli.run("trainer.evaluate", main)

@@ -18,9 +18,6 @@ from trainer.errors import RequestError
 _MAX_BYTES = 32 * 2**20
 _MAX_PIXELS = 64_000_000
 
-flags.DEFINE_string("model_dir", None, "Folder of a finished job.", module_name="trainer.predict")
-flags.DEFINE_enum("format", "text", ["text", "json"], "What to print, a line an image.", module_name="trainer.predict")
-
 
 def load_image(path: Path) -> Image.Image:
     """Opens a picture and checks it before it is unpacked.
@@ -92,6 +89,14 @@ def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds this command's flags."""
+    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name="trainer.predict")
+    flags.DEFINE_enum(
+        "format", "text", ["text", "json"], "What to print, a line an image.", flag_values=values, module_name="trainer.predict"
+    )
+
+
 def main(positional: list[str]) -> None:
     """Prints a line an image."""
     if not flags.FLAGS.model_dir:
@@ -106,4 +111,5 @@ def main(positional: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     cli.run("trainer.predict", main)

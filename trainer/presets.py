@@ -10,8 +10,6 @@ _ARTICLE: dict[str, Any] = {
     # trained on the 20 % and validated on the 80 %; here 20 % validate.
     "model": "bn_cnn",
     "validation_fraction": 0.2,
-    # The article does not say; Adam at its learning rate is restless with small batches.
-    "global_batch_size": 512,
     "epochs": 100,
     "early_stopping_patience": 5,
     "lr_schedule": "exponential",

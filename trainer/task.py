@@ -13,8 +13,6 @@ from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import RequestError, Stopped
 
-task_flags.define(flags.FLAGS)
-
 
 def main(positional: list[str]) -> None:
     """Runs the job that the flags ask for."""
@@ -54,4 +52,5 @@ def _command(config: Config) -> str:
 
 
 if __name__ == "__main__":
+    task_flags.define(flags.FLAGS)
     cli.run("trainer.task", main)
