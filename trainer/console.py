@@ -67,7 +67,8 @@ def _scores(record: dict[str, Any]) -> str:
 
 def print_result(result: dict[str, Any], model_dir: str) -> None:
     """The short table at the end."""
-    console = RichConsole(file=sys.stdout)
+    # Wide where there is no terminal: a path that is broken in two cannot be copied from a log.
+    console = RichConsole(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
     table = Table(show_header=False, box=None, pad_edge=False)
     accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
     table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
