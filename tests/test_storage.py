@@ -59,11 +59,13 @@ def test_nearly_full_disk_is_refused_at_the_start(tmp_path: Path, monkeypatch: p
 
 def test_lines_after_the_step_gone_on_from_are_removed_and_so_is_a_half_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 2, "lo')
+    records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "test"), (3, "train"))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2, "lo')
     lines = JsonLines(path, first_step=2)
-    lines.write({"step": 3, "loss": float("nan")})
+    lines.write({"step": 3, "split": "train", "loss": float("nan")})
     lines.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written == [*records[:2], {"step": 3, "split": "train", "loss": None}]
 
 
 def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goes_on(start_job) -> None:

@@ -24,11 +24,14 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, each written at once. Lines after the step that a run goes on from are removed first."""
+    """One JSON object a line, each written at once.
+
+    Lines that a run going on writes again are removed first: those after its step, and the test's.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
             storage.write_file(path, lambda part: _write_lines(part, kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed by close)
 
@@ -46,11 +49,12 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _step_of(line: str) -> float:
+def _is_before(line: str, step: int) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return bool(record["step"] <= step and record["split"] != "test")
     except (ValueError, KeyError, TypeError):
-        return math.inf  # A line that a crash cut off.
+        return False  # A line that a crash cut off.
 
 
 class TensorBoard:
