@@ -75,6 +75,14 @@ def test_presets_differ_from_the_defaults_in_every_value_that_they_name() -> Non
             assert getattr(from_preset("default", {}), option) != value, f"{name} repeats the default of {option}"
 
 
+def test_help_lists_our_flags_and_succeeds() -> None:
+    for program in ("task", "evaluate", "predict"):
+        finished = subprocess.run(
+            [sys.executable, "-m", f"trainer.{program}", "--help"], capture_output=True, text=True, check=True
+        )
+        assert "--model_dir" in finished.stdout
+
+
 def test_helpfull_explains_every_flag_with_its_default() -> None:
     finished = subprocess.run([sys.executable, "-m", "trainer.task", "--helpfull"], capture_output=True, text=True, check=True)
     for field in dataclasses.fields(Config):

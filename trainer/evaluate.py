@@ -1,6 +1,7 @@
 """The exported model on a test set: `python -m trainer.evaluate --model_dir runs/my-run [--data_dir D]`."""
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -53,15 +54,15 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds this command's flags."""
-    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name="trainer.evaluate")
+    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name=sys.argv[0])
     flags.DEFINE_string(
         "data_dir",
         "",
         "Folder with the IDX files. Empty: the embedded MNIST.",
         flag_values=values,
-        module_name="trainer.evaluate",
+        module_name=sys.argv[0],
     )
-    flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", flag_values=values, module_name="trainer.evaluate")
+    flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", flag_values=values, module_name=sys.argv[0])
 
 
 def main(positional: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line of `trainer.task`, made from the fields of `Config`. Parsing needs no TensorFlow: mistakes show at once."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -11,14 +12,17 @@ from trainer.presets import PRESETS, from_preset
 
 
 def define(flag_values: flags.FlagValues) -> None:
-    """Adds a flag for each field of `Config`; unset flags are None, so that a preset can fill them."""
+    """Adds a flag for each field of `Config`; unset flags are None, so that a preset can fill them.
+
+    They are the program's own, by the name that absl knows it by, so that --help lists them.
+    """
     for field in dataclasses.fields(Config):
         help_text = f"{field.metadata['help']} (default: {_default_text(field)})"
         if field.name == "preset":
-            flags.DEFINE_enum("preset", None, list(PRESETS), help_text, flag_values=flag_values, module_name="trainer.task")
+            flags.DEFINE_enum("preset", None, list(PRESETS), help_text, flag_values=flag_values, module_name=sys.argv[0])
         elif field.metadata["choices"]:
             flags.DEFINE_enum(
-                field.name, None, field.metadata["choices"], help_text, flag_values=flag_values, module_name="trainer.task"
+                field.name, None, field.metadata["choices"], help_text, flag_values=flag_values, module_name=sys.argv[0]
             )
         else:
             types = {
@@ -27,7 +31,7 @@ def define(flag_values: flags.FlagValues) -> None:
                 float: flags.DEFINE_float,
                 str: flags.DEFINE_string,
             }
-            types[type(field.default)](field.name, None, help_text, flag_values=flag_values, module_name="trainer.task")
+            types[type(field.default)](field.name, None, help_text, flag_values=flag_values, module_name=sys.argv[0])
 
 
 def _default_text(field: dataclasses.Field) -> str:

@@ -215,6 +215,10 @@ def _result(
     sha256: str,
 ) -> dict[str, Any]:
     examples = test[steps.EXAMPLES]
+    # A job of a single call has no other speed than the one that compilation is a part of.
+    images, seconds = progress.timed_images, progress.timed_seconds
+    if not seconds:
+        images, seconds = progress.step * plan.global_batch_size, progress.train_seconds
     return {
         "test_accuracy": float(test[steps.CORRECT] / examples),
         "test_loss": float(test[steps.LOSS] / examples),
@@ -223,7 +227,7 @@ def _result(
         "steps": progress.step,
         "epochs": plan.epochs_at(progress.step),
         "train_seconds": progress.train_seconds,
-        "images_per_second": progress.timed_images / progress.timed_seconds if progress.timed_seconds else 0.0,
+        "images_per_second": images / seconds,
         "num_replicas": topology.num_replicas,
         "num_workers": topology.num_workers,
         "strategy": topology.name,

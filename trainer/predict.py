@@ -4,6 +4,7 @@ Pictures of any size, colour and polarity; what is done to them is in `images.py
 """
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,9 @@ def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds this command's flags."""
-    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name="trainer.predict")
+    flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name=sys.argv[0])
     flags.DEFINE_enum(
-        "format", "text", ["text", "json"], "What to print, a line an image.", flag_values=values, module_name="trainer.predict"
+        "format", "text", ["text", "json"], "What to print, a line an image.", flag_values=values, module_name=sys.argv[0]
     )
 
 
