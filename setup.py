@@ -35,8 +35,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "trainer/mnist/LICENSE"],
     python_requires=">=3.10",
-    packages=["trainer"],
-    package_data={"trainer": ["mnist/*", "py.typed"]},
+    packages=["trainer", "launch"],
+    package_data={"trainer": ["mnist/*", "py.typed"], "launch": ["slurm.sbatch"]},
     install_requires=_REQUIRES,
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],

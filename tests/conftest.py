@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.ports import free_ports
 from trainer import dataset
 from trainer.cluster import set_log_level
 
@@ -92,6 +92,19 @@ def arguments(options: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The folder of a job that has run to its end on two replicas."""
+    model_dir = tmp_path_factory.mktemp("finished") / "run"
+    options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (model_dir / "stdout").write_text(done.stdout)
+    (model_dir / "stderr").write_text(done.stderr)
+    return model_dir
+
+
 class Job:
     """A running `python -m trainer.task`."""
 
@@ -144,17 +157,6 @@ def start_job(tmp_path: Path, tiny_data: Path):
     yield start
     for job in jobs:
         job.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture

@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from trainer.cluster import Cluster, from_environment
-from trainer.errors import RequestError
+from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
+from trainer.ranks import with_addresses
+from trainer.signals import StopRequest
+from trainer.sources import expand_node_list
 
 
 def tf_config(cluster: object, kind: object = "worker", index: object = 0) -> dict[str, str]:
@@ -34,12 +39,146 @@ def test_chief_is_worker_0(kind: str, index: int, found: int) -> None:
     assert cluster.is_chief == (kind == "chief")
 
 
+def indexed_job(index: int, total: int = 3, **more: str) -> dict[str, str]:
+    return {
+        "JOB_COMPLETION_INDEX": str(index), "HOSTNAME": f"train-{index}", "DIGITFLEET_NUM_WORKERS": str(total),
+        "DIGITFLEET_SERVICE": "train", **more,
+    }  # fmt: skip
+
+
+def slurm(index: int, total: int, nodes: str, tasks: str, **more: str) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "1234567", "SLURM_PROCID": str(index), "SLURM_STEP_NUM_TASKS": str(total), "SLURM_STEP_NODELIST": nodes,
+        "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NTASKS": str(total), "SLURM_DISTRIBUTION": "block", **more,
+    }  # fmt: skip
+
+
+def skypilot(rank: int, *addresses: str, **more: str) -> dict[str, str]:
+    return {"SKYPILOT_NODE_IPS": "\n".join(addresses), "SKYPILOT_NODE_RANK": str(rank), **more}
+
+
+@pytest.mark.parametrize(
+    ("environment", "source", "workers", "index"),
+    [
+        (indexed_job(2), "Kubernetes", [f"train-{n}.train:2222" for n in range(3)], 2),
+        (indexed_job(0, DIGITFLEET_PORT="7000"), "Kubernetes", [f"train-{n}.train:7000" for n in range(3)], 0),
+        (indexed_job(5, 1, HOSTNAME="x"), "Kubernetes", [], 0),
+        (
+            indexed_job(1, 4, HOSTNAME="set-node-1-1", DIGITFLEET_JOB_INDEX="1", DIGITFLEET_NUM_JOBS="2"),
+            "Kubernetes", [f"set-node-{job}-{pod}.train:2222" for job in (0, 1) for pod in (0, 1)], 3,
+        ),
+        (slurm(1, 2, "gpu[01-02]", "1(x2)"), "Slurm", ["gpu01:26804", "gpu02:26804"], 1),
+        (slurm(3, 4, "gpu[01-02]", "2(x2)"), "Slurm", ["gpu01:26804", "gpu01:26805", "gpu02:26804", "gpu02:26805"], 3),
+        (slurm(2, 3, "b,a", "2,1", DIGITFLEET_PORT="5000"), "Slurm", ["b:5000", "b:5001", "a:5000"], 2),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1,3]", "SLURM_TASKS_PER_NODE": "1(x2)"},
+            "Slurm", ["n1:20000", "n3:20000"], 0,
+        ),
+        (skypilot(1, "10.0.0.1", "10.0.0.2", SKYPILOT_NUM_NODES="2"), "SkyPilot", ["10.0.0.1:2222", "10.0.0.2:2222"], 1),
+        (skypilot(0, "fd00::1", "fd00::2"), "SkyPilot", ["[fd00::1]:2222", "[fd00::2]:2222"], 0),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", ["?:?", "?:?"], 1),
+        ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "PMI", ["?:?"] * 3, 0),
+    ],
+)  # fmt: skip
+def test_workers_come_from_each_scheduler(environment: dict[str, str], source: str, workers: list[str], index: int) -> None:
+    assert from_environment(environment) == Cluster(source, tuple(workers), index)
+
+
+def test_what_is_written_by_hand_counts_before_schedulers_and_they_count_in_order() -> None:
+    environment: dict[str, str] = {}
+    for more, source in (
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        (skypilot(0, "a", "b"), "SkyPilot"),
+        (slurm(0, 2, "a,b", "1(x2)"), "Slurm"),
+        (indexed_job(0), "Kubernetes"),
+        (tf_config({"worker": WORKERS}), "TF_CONFIG"),
+    ):
+        environment |= more
+        assert from_environment(environment).source == source
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("login", "login"), ("gpu[01-03,7]", "gpu01 gpu02 gpu03 gpu7"), ("a[8-11]", "a8 a9 a10 a11"),
+        ("a1,b[2,4],c", "a1 b2 b4 c"),
+        ("r[1-2]n[1-2]", "r1n1 r1n2 r2n1 r2n2"), ("n[009-011]-ib", "n009-ib n010-ib n011-ib"), ("z,a", "z a"),
+    ],
+)  # fmt: skip
+def test_node_lists_are_expanded_in_slurms_order(text: str, nodes: str) -> None:
+    assert expand_node_list(text, "X") == nodes.split()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a,,b", "a[", "a[1", "a]1", "a[]", "a[3-1]", "a[x]", "a[1-]", "a[1,]", "a,a", "a[1-2],a2", "[[1]]"]
+)
+def test_malformed_node_lists_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="X="):
+        expand_node_list(text, "X")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"JOB_COMPLETION_INDEX": "0", "HOSTNAME": "train-0"}, "DIGITFLEET_NUM_WORKERS is not set"),
+        (indexed_job(3), "JOB_COMPLETION_INDEX=3 is out of range"),
+        (indexed_job(0, HOSTNAME="pod"), "HOSTNAME=pod does not end in -0"),
+        (indexed_job(0, DIGITFLEET_NUM_WORKERS="many"), "DIGITFLEET_NUM_WORKERS='many'"),
+        (indexed_job(0, DIGITFLEET_NUM_JOBS="2"), "DIGITFLEET_NUM_WORKERS=3 does not divide by DIGITFLEET_NUM_JOBS=2"),
+        (indexed_job(0, DIGITFLEET_JOB_INDEX="1"), "DIGITFLEET_JOB_INDEX=1 is out of range"),
+        (indexed_job(0, DIGITFLEET_PORT="99999"), "DIGITFLEET_PORT"),
+        (slurm(4, 4, "a,b", "2(x2)"), "SLURM_PROCID=4 is out of range"),
+        (slurm(0, 4, "a,a", "2(x2)"), "SLURM_STEP_NODELIST=a,a names a twice"),
+        (slurm(0, 4, "a,b", "2,1"), "SLURM_STEP_TASKS_PER_NODE=2,1 makes 3 tasks, SLURM_STEP_NUM_TASKS=4"),
+        (slurm(0, 4, "a,b,c", "2(x2)"), "SLURM_STEP_TASKS_PER_NODE=2(x2) is about 2 nodes, SLURM_STEP_NODELIST names 3"),
+        (slurm(0, 4, "a,b", "two"), "SLURM_STEP_TASKS_PER_NODE=two is not understood"),
+        (slurm(0, 4, "a,b", "2(x2)", SLURM_DISTRIBUTION="cyclic"), "SLURM_DISTRIBUTION=cyclic"),
+        (skypilot(2, "a", "b"), "SKYPILOT_NODE_RANK=2 is out of range"),
+        (skypilot(0, "a", "a"), "SKYPILOT_NODE_IPS: a:2222 stands for more than one worker"),
+        (skypilot(0, "a", "b", SKYPILOT_NUM_NODES="3"), "SKYPILOT_NODE_IPS names 2 nodes, SKYPILOT_NUM_NODES=3"),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK=2 is out of range"),
+        ({"PMI_RANK": "1"}, "PMI_SIZE=''"),
+        (tf_config({"worker": WORKERS, "evaluator": ["e:1"]}, "evaluator"), "TF_CONFIG: this task is an evaluator"),
+        (tf_config({"worker": WORKERS, "chief": ["c:1", "d:1"]}), "TF_CONFIG: 2 chiefs"),
+    ],
+)
+def test_contradictions_of_schedulers_are_refused_with_the_variables_name(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        from_environment(environment)
+    assert words in str(caught.value)
+
+
+def test_evaluator_beside_the_workers_is_none_of_them() -> None:
+    assert from_environment(tf_config({"worker": WORKERS, "evaluator": ["e:1"]})).workers == tuple(WORKERS)
+
+
+@pytest.mark.parametrize("environment", [{"TF_CONFIG": "{}"}, {"TF_CONFIG": '{"cluster": {}}'}])
+def test_empty_tf_config_describes_no_cluster(environment: dict[str, str]) -> None:
+    assert from_environment(environment).workers == ()
+
+
+def test_ranks_find_each_other_through_the_shared_folder_whatever_an_earlier_launch_has_left(tmp_path: Path) -> None:
+    for _ in range(2):
+        clusters = [Cluster("Open MPI", ("?:?",) * 3, rank) for rank in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda cluster: with_addresses(cluster, tmp_path, 20, StopRequest()), clusters))
+        assert {cluster.workers for cluster in found} == {found[0].workers}
+        assert len(set(found[0].workers)) == 3
+        assert [cluster.index for cluster in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
+def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: str, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match=f"--rendezvous_timeout=1 s: {missing}"):
+        with_addresses(Cluster("PMI", ("?:?",) * 2, rank), tmp_path, 1, StopRequest())
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
         ({"TF_CONFIG": "{"}, "not understood"),
         ({"TF_CONFIG": "[]"}, "not understood"),
-        ({"TF_CONFIG": "{}"}, "not understood"),
         (tf_config({"worker": WORKERS}, index=3), "index 3 is out of range"),
         (tf_config({"worker": WORKERS}, index=-1), "index -1 is out of range"),
         (tf_config({"worker": WORKERS}, kind="chief"), "'chief' is not in the cluster"),
@@ -68,7 +207,7 @@ def test_command_prints_the_cluster_as_json() -> None:
     [
         ({}, 0, 0, "one_device"), ({}, 0, 1, "one_device"), ({}, 0, 4, "mirrored"), ({"num_devices": 2}, 0, 0, "mirrored"),
         ({"num_devices": 1}, 0, 4, "one_device"), ({}, 3, 0, "multi_worker"), ({}, 3, 8, "multi_worker"),
-        ({"strategy": "mirrored"}, 0, 0, "mirrored"),
+        ({"strategy": "mirrored"}, 0, 0, "mirrored"), ({"num_devices": 2}, 3, 0, "multi_worker"),
         ({"strategy": "mirrored", "all_reduce": "nccl"}, 0, 2, "mirrored"),
         ({"strategy": "mirrored", "all_reduce": "hierarchical_copy"}, 0, 2, "mirrored"),
         ({"all_reduce": "ring"}, 3, 0, "multi_worker"),
@@ -88,7 +227,6 @@ def test_strategy_is_chosen_from_cluster_and_devices(options: dict, workers: int
         ({"strategy": "one_device"}, 3, 0, "each would train alone"),
         ({"strategy": "multi_worker"}, 0, 2, "no cluster"),
         ({"num_devices": 4}, 0, 2, "this machine has 2 GPUs"),
-        ({"num_devices": 2}, 3, 0, "one CPU device a worker"),
         ({"all_reduce": "hierarchical_copy"}, 3, 8, "needs --strategy=mirrored"),
     ],
 )

@@ -24,6 +24,7 @@ def option(
     below: float | None = None,
     above: float | None = None,
     result: bool = True,
+    shared: bool = True,
 ) -> Any:
     """Declares one option.
 
@@ -36,6 +37,7 @@ def option(
         below: first number that is too large.
         above: last number that is too small.
         result: whether the trained weights depend on it; if so, a run cannot go on with another value.
+        shared: whether all workers of a job must have the same value.
     """
     metadata = {
         "help": help,
@@ -45,6 +47,7 @@ def option(
         "below": below,
         "above": above,
         "result": result,
+        "shared": shared,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -53,7 +56,7 @@ def option(
 class Config:
     """Everything a job needs to know, checked. Raises `RequestError` on a value that cannot be met."""
 
-    preset: str = option("default", "Complete configuration by name; other flags override it.", result=False)
+    preset: str = option("default", "Complete configuration by name; other flags override it.", result=False, shared=False)
     strategy: str = option(
         "auto",
         "tf.distribute strategy. auto: multi_worker in a cluster, mirrored with several devices, else one_device.",
@@ -70,11 +73,13 @@ class Config:
         "",
         "Folder with the four IDX files of a data set, gzipped or not. Empty: the embedded MNIST.",
         result=False,
+        shared=False,
     )
     model_dir: str = option(
         "",
         "Folder of this run's output. Empty: runs/<preset>-<UTC time>.",
         result=False,
+        shared=False,
     )
     validation_fraction: float = option(
         0.1,
@@ -158,13 +163,23 @@ class Config:
         choices=("auto", "nccl", "ring", "hierarchical_copy"),
         result=False,
     )
-    rendezvous_timeout: float = option(300.0, "Seconds to wait at the start until all workers have met.", above=0, result=False)
+    rendezvous_timeout: float = option(
+        300.0, "Seconds to wait at the start until all workers have met.", above=0, result=False, shared=False
+    )
     step_timeout: float = option(
-        600.0, "Seconds without a finished tf.function call after which the job ends with 75. 0: never.",
-        at_least=0, result=False,
-    )  # fmt: skip
+        600.0,
+        "Seconds without a word from a peer, or without a finished tf.function call here (ten times as long for the first "
+        "ones, which compile), after which the job ends with 75. 0: never.",
+        at_least=0,
+        result=False,
+        shared=False,
+    )
     grace_period: float = option(
-        30.0, "Seconds after SIGTERM or SIGINT by which the state is saved or the job ends anyway.", above=0, result=False
+        30.0,
+        "Seconds after SIGTERM or SIGINT by which the state is saved or the job ends anyway.",
+        above=0,
+        result=False,
+        shared=False,
     )
     early_stopping_patience: int = option(
         0,
@@ -172,8 +187,13 @@ class Config:
         "0: train to the end and use the last weights.",
         at_least=0,
     )
-    checkpoint_every_steps: int = option(200, "Steps between checkpoints: the most a crash can lose.", at_least=1, result=False)
-    keep_checkpoints: int = option(3, "Number of newest checkpoints kept.", at_least=1, result=False)
+    checkpoint_every_steps: int = option(
+        200,
+        "Steps between checkpoints: the most a crash can lose. The replicas' weights are compared as often.",
+        at_least=1,
+        result=False,
+    )
+    keep_checkpoints: int = option(3, "Number of newest checkpoints kept.", at_least=1, result=False, shared=False)
     resume: bool = option(
         True, "Go on from the newest checkpoint in --model_dir. --noresume: refuse a folder that holds a run.", result=False
     )
@@ -182,6 +202,7 @@ class Config:
         "GPUs to use or, where there is none, logical devices to split this machine's CPU into. 0: all GPUs, or one CPU.",
         at_least=0,
         result=False,
+        shared=False,
     )
     profile_steps: str = option(
         "", "FIRST,LAST: steps to record for TensorBoard's profile page, e.g. 100,120. Empty: none.", result=False
@@ -228,7 +249,14 @@ class Config:
 
     def result_fields(self) -> dict[str, Any]:
         """The options that the trained weights depend on: what must not change when a run goes on."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["result"]}
+        return self._fields_with("result")
+
+    def shared_fields(self) -> dict[str, Any]:
+        """The options that all workers of a job must agree on."""
+        return self._fields_with("shared")
+
+    def _fields_with(self, property_name: str) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata[property_name]}
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:

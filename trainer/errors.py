@@ -31,3 +31,9 @@ class DivergedError(JobError):
     """The loss is not finite any more: going on cannot help."""
 
     exit_code = EXIT_DEFECT
+
+
+class InconsistentError(JobError):
+    """The replicas do not hold the same weights any more: what they train is no longer one model."""
+
+    exit_code = EXIT_DEFECT

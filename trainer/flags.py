@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 
 from absl import flags
@@ -40,14 +41,14 @@ def _default_text(field: dataclasses.Field) -> str:
     return f"{default}; preset {', '.join(presets)}" if presets else f"{default}"
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Parses `argv` and returns what is no flag.
+def parse(flag_values: flags.FlagValues, argv: Sequence[str], *, known_only: bool = False) -> list[str]:
+    """Parses `argv` and returns what is no flag, and with `known_only` also flags that are not known here.
 
     Raises:
         RequestError: an unknown flag or a value of the wrong type.
     """
     try:
-        return flag_values(list(argv))
+        return flag_values(list(argv), known_only=known_only)
     except flags.Error as error:
         raise RequestError(f"{' '.join(str(error).split())}; see --helpfull") from error
 
@@ -63,3 +64,21 @@ def to_config(flag_values: flags.FlagValues, positional: Sequence[str] = ()) -> 
     given = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
     given = {name: value for name, value in given.items() if value is not None}
     return from_preset(given.pop("preset", "default"), given)
+
+
+def with_model_dir(config: Config, num_workers: int) -> Config:
+    """The configuration with a folder for the run.
+
+    Raises:
+        RequestError: none was given, and several workers would each make one.
+    """
+    if config.model_dir:
+        return config
+    if num_workers > 1:
+        raise RequestError("--model_dir must be given with several workers: one folder that all of them reach")
+    return dataclasses.replace(config, model_dir=new_model_dir(config))
+
+
+def new_model_dir(config: Config) -> str:
+    """The folder of a run for which none was given."""
+    return f"runs/{config.preset}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,29 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import __version__, pipeline, rendezvous, steps, storage
+from trainer import claim, machine, pipeline, preflight, steps, storage
+from trainer import cluster as environment
+from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
-from trainer.cluster import Cluster
+from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
 from trainer.console import ConsoleWriter
 from trainer.dataset import Dataset, Examples, split_validation
-from trainer.errors import RequestError, Stopped
+from trainer.errors import Stopped
 from trainer.export import export, weights_sha256
 from trainer.loop import Evaluation, Loop, Work
 from trainer.metrics import JsonLines, TensorBoard, Writers
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.plan import Plan, make_plan
-from trainer.signals import StopRequest, Watchdog, install_handlers
-from trainer.topology import Topology, configure_tensorflow, make_topology
+from trainer.signals import StopRequest
+from trainer.sources import Cluster
+from trainer.topology import Topology, choose_layout, configure_tensorflow, make_topology
+from trainer.watch import Watch
 
 _log = logging.getLogger("digitfleet")
 _EVAL_BATCH_PER_REPLICA = 500
+_TROUBLE_SHOWS_WITHIN_SECS = 3.0
 
 
 def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -> dict[str, Any]:
@@ -51,105 +55,70 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
-    rendezvous.meet(cluster, config.rendezvous_timeout, stop)
-    topology = make_topology(config, cluster)
-    install_handlers(stop)
-    train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
-    plan = make_plan(config, len(train_set), topology.num_replicas)
-    restarts = _claim(model_dir, config, dataset, topology)
-    if finished := storage.read_json(model_dir / "result.json"):
+    restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
+    if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
-        return finished
-    _log.info("%s (%s): %d replicas on %d workers", topology.name, topology.reason, topology.num_replicas, topology.num_workers)
+        return result
+    for finding in machine.require(machine.inspect(config, environment.visible_gpus())):
+        _log.info("note: %s", finding)
+    layout = choose_layout(config, cluster)
+    train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
+    plan = make_plan(config, len(train_set), layout.num_replicas)
+    _log.info("%s", layout.describe())
     _log.info("%s", plan.describe())
-
-    state, plain = _make_state(config, plan, dataset, topology)
-    checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief)
-    progress = checkpoints.restore_latest() or Progress()
-    checkpoints.remove_newer(progress.step)
-    if progress.step:
-        _log.info("going on from step %d", progress.step)
-    writers = _writers(config, plan, progress, topology)
-    try:
-        with Watchdog(config.step_timeout, "--step_timeout") as watchdog:
-            sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
-            evaluate = _evaluations(state.inference, topology, sum_over_workers)
-            work = Work(
-                train=steps.make_train_loop(config, state, topology.strategy),
-                iterator=_train_iterator(config, train_set, progress.step, topology),
-                sum_over_workers=sum_over_workers,
-                copy_weights=steps.make_copy_weights(state, topology.strategy),
-                average_statistics=steps.make_average_statistics(state, topology.strategy),
-                validate=evaluate(validation_set) if validation_set else None,
-            )
-            with _peers_can_be_lost(topology, checkpoints):
-                Loop(config, plan, state, work, checkpoints, progress, writers, stop, watchdog).run()
-                # The only look at the test set, after everything has been chosen.
-                test = evaluate(dataset.test)()
-                validation = work.validate() if work.validate else None
-        result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
-        _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
-        with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
-            writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
-                           "accuracy": result["test_accuracy"]})  # fmt: skip
-            if topology.is_chief:
-                for plain_variable, variable in zip(weights_of(plain), weights_of(state.inference), strict=True):
-                    plain_variable.assign(variable.numpy())
-                export(plain, model_dir)
-                storage.write_json(model_dir / "result.json", result)
-    finally:
-        writers.close()
+    with preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, _, watch), _peers_can_be_lost(watch):
+        topology = make_topology(config, layout, cluster)
+        if topology.is_chief:
+            claim.write(model_dir, config, dataset.sha256, restarts, topology)
+        state, plain = _make_state(config, plan, dataset, topology)
+        agreement = Agreement(state, topology.num_replicas, cluster)
+        sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
+        checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief)
+        progress = checkpoints.restore_latest() or Progress()
+        steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
+        agreement.check_steps(np.asarray(steps_restored), config.model_dir)
+        checkpoints.remove_newer(progress.step)
+        if progress.step:
+            _log.info("going on from step %d", progress.step)
+        evaluate = _evaluations(state.inference, topology, sum_over_workers)
+        work = Work(
+            train=steps.make_train_loop(config, state, topology.strategy),
+            iterator=_train_iterator(config, train_set, progress.step, topology),
+            sum_over_workers=sum_over_workers,
+            copy_weights=steps.make_copy_weights(state, topology.strategy),
+            average_statistics=steps.make_average_statistics(state, topology.strategy),
+            validate=evaluate(validation_set) if validation_set else None,
+        )
+        with _writers(config, plan, progress, topology) as writers:
+            Loop(config, plan, state, work, agreement, checkpoints, progress, writers, stop, watch).run()
+            # The only look at the test set, after everything has been chosen.
+            watch.feed("testing", compiles=True)
+            test = evaluate(dataset.test)()
+            validation = work.validate() if work.validate else None
+            result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
+            _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
+            watch.feed("exporting", compiles=True)
+            with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
+                writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
+                               "accuracy": result["test_accuracy"]})  # fmt: skip
+                if topology.is_chief:
+                    _export(plain, state, model_dir)
+                    claim.finish(model_dir, result)
+        watch.feed("waiting for the others to finish")
+        # Who exited first could not be asked again if the chief, say, found the disk full.
+        watch.end_together()
     return result
 
 
 @contextlib.contextmanager
-def _peers_can_be_lost(topology: Topology, checkpoints: Checkpoints) -> Iterator[None]:
-    """Among several workers, what TensorFlow reports of a dead peer is no defect of this one."""
+def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
+    """Among several workers, what TensorFlow reports of a dead or silent peer is no defect of this one."""
     try:
         yield
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        if topology.num_workers == 1:
+    except tf.errors.OpError as error:
+        if not watch.has_peers or not (watch.wait_for_trouble(_TROUBLE_SHOWS_WITHIN_SECS) or isinstance(error, PEER_ERRORS)):
             raise
-        raise Stopped(f"lost a peer ({error.message.splitlines()[0][:200]}): {checkpoints.describe()}") from error
-
-
-def _claim(model_dir: Path, config: Config, dataset: Dataset, topology: Topology) -> int:
-    """Checks that `model_dir` holds this run or none, and writes config.json. Returns how often the run was started before."""
-    path = model_dir / "config.json"
-    options = {**config.result_fields(), "data_sha256": dataset.sha256}
-    before = storage.read_json(path)
-    if before:
-        # The chief alone: on a worker the file may be what the chief has written just now.
-        if not config.resume and topology.is_chief:
-            raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
-        old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
-        changed = [f"{name} {old.get(name)} -> {value}" for name, value in options.items() if old.get(name) != value]
-        if changed:
-            raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {'; '.join(changed)}")
-    elif (model_dir / "checkpoints").exists():
-        raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
-    restarts = int(before["restarts"]) + 1 if before else 0
-    content = {
-        "config": dataclasses.asdict(config),
-        "data_sha256": dataset.sha256,
-        "restarts": restarts,
-        "versions": {
-            "digitfleet": __version__,
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "topology": {
-            "strategy": topology.name,
-            "num_replicas": topology.num_replicas,
-            "num_workers": topology.num_workers,
-            "devices": [device.name for device in tf.config.list_logical_devices()],
-        },
-    }
-    if topology.is_chief and not (model_dir / "result.json").exists():
-        storage.write_json(path, content)
-    return restarts
+        raise Stopped(watch.trouble or f"lost a peer ({error.message.splitlines()[0][:200]})") from error
 
 
 def _make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:
@@ -167,6 +136,12 @@ def _make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology
         )
     steps.make_copy_weights(state, topology.strategy)()
     return state, inference_model(config, input_shape, num_classes)
+
+
+def _export(plain: keras.Model, state: steps.State, model_dir: Path) -> None:
+    for plain_variable, variable in zip(weights_of(plain), weights_of(state.inference), strict=True):
+        plain_variable.assign(variable.numpy())
+    export(plain, model_dir)
 
 
 def _train_iterator(config: Config, examples: Examples, first_step: int, topology: Topology) -> Any:

@@ -12,13 +12,15 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import storage
+from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
 from trainer.errors import DivergedError, Stopped
 from trainer.metrics import Record, Writers
 from trainer.plan import Plan
-from trainer.signals import StopRequest, Watchdog
+from trainer.signals import StopRequest
 from trainer.steps import CORRECT, EXAMPLES, LOSS, State, TrainLoop
+from trainer.watch import Watch
 
 Evaluation = Callable[[], np.ndarray]
 
@@ -44,15 +46,16 @@ class Loop:
         plan: Plan,
         state: State,
         work: Work,
+        agreement: Agreement,
         checkpoints: Checkpoints,
         progress: Progress,
         writers: Writers,
         stop: StopRequest,
-        watchdog: Watchdog,
+        watch: Watch,
     ) -> None:
         self._config, self._plan, self._state, self._work = config, plan, state, work
         self._checkpoints, self._progress, self._writers = checkpoints, progress, writers
-        self._stop, self._watchdog = stop, watchdog
+        self._agreement, self._stop, self._watch = agreement, stop, watch
         self._warm = False
 
     def run(self) -> None:
@@ -61,6 +64,7 @@ class Loop:
         Raises:
             Stopped: a signal asked for it, or the disk is full; the state is saved.
             DivergedError: the loss is not finite.
+            InconsistentError: the replicas do not hold the same weights.
         """
         progress = self._progress
         with _Profiler(self._config.profile_range, self._config.model_dir) as profile:
@@ -71,10 +75,12 @@ class Loop:
                 if self._plan.is_epoch_end(progress.step):
                     self._end_epoch()
                 progress.finished |= progress.step >= self._plan.total_steps
-                saved = progress.finished or asked or progress.step % self._config.checkpoint_every_steps == 0
-                if saved:
+                if progress.finished or asked or self._is_due(progress.step):
+                    self._watch.feed(f"saving step {progress.step}")
                     self._checkpoints.save(progress)
                 if asked and not progress.finished:
+                    self._watch.feed("waiting for the others to stop")
+                    self._watch.end_together()
                     raise Stopped(f"stopped at step {progress.step} of {self._plan.total_steps}: {self._checkpoints.describe()}")
         self._select_weights()
 
@@ -87,20 +93,28 @@ class Loop:
             boundaries += [edge for edge in (profile[0] - 1, profile[1]) if edge > step]
         return min(boundaries)
 
+    def _is_due(self, step: int) -> bool:
+        return step % self._config.checkpoint_every_steps == 0
+
     def _train_until(self, boundary: int) -> bool:
         """Trains up to `boundary`, writes a record, and returns whether any worker was asked to stop."""
         progress, started = self._progress, time.perf_counter()
+        self._watch.feed(f"training from step {progress.step}", compiles=not self._warm)
         num_steps = boundary - progress.step
         first_step = tf.constant(progress.step, tf.int64)
         local = self._work.train(self._work.iterator, first_step, tf.constant(num_steps, tf.int64))
         if not self._config.sync_batch_norm:
             self._work.average_statistics()
-        asked = tf.constant([[float(bool(self._stop.name))] * 3], tf.float64)
-        totals = self._work.sum_over_workers(tf.concat([local, asked], axis=0)).numpy()
+        # What all workers must know travels in one sum: each step's numbers, who is asked to stop, the checksums.
+        compared = self._is_due(boundary) or boundary == self._plan.total_steps
+        checksums = self._agreement.checksums() if compared else np.zeros([0])
+        values = np.concatenate([np.ravel(local), [float(bool(self._stop.name))], checksums])
+        totals = self._work.sum_over_workers(tf.constant(values)).numpy()
         seconds = time.perf_counter() - started
-        self._watchdog.feed()
-        steps, asked_by = totals[:-1], totals[-1, 0]
+        steps, (asked,) = totals[: local.shape[0] * 3].reshape(-1, 3), totals[local.shape[0] * 3 :][:1]
         self._check_finite(steps)
+        if compared:
+            self._agreement.check_checksums(totals[-len(checksums) :], boundary)
         progress.step = boundary
         progress.train_seconds += seconds
         speed = None
@@ -110,7 +124,7 @@ class Loop:
             speed = num_steps * self._config.global_batch_size / seconds
         self._warm = True
         self._write("train", steps.sum(axis=0), images_per_second=speed, **self._optimizer_values())
-        return bool(asked_by)
+        return bool(asked)
 
     def _check_finite(self, steps: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(steps[:, LOSS]))
@@ -133,8 +147,8 @@ class Loop:
             return
         if not config.ema_decay:
             self._work.copy_weights()
+        self._watch.feed(f"validating step {progress.step}", compiles=True)
         totals = self._work.validate()
-        self._watchdog.feed()
         self._write("validation", totals)
         accuracy, loss = totals[CORRECT] / totals[EXAMPLES], totals[LOSS] / totals[EXAMPLES]
         if (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss):

@@ -99,7 +99,9 @@ class Writers:
         for writer in self._writers:
             writer.write(record)
 
-    def close(self) -> None:
-        """Closes each."""
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for writer in self._writers:
             writer.close()

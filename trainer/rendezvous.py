@@ -1,70 +1,244 @@
-"""Waits until all workers of a job are there, before TensorFlow starts its server.
+"""Brings all workers of a job together before TensorFlow starts, and leaves a connection each way between any two of them.
 
-TensorFlow 2.21 waits for an hour inside a call that holds Python's lock: no signal, no deadline, no word. So every worker
-first listens on its own port and knocks at its peers'. Once it has reached each of them it gives its port to TensorFlow's
-server, which answers the knocks of those that are not as far yet.
+Every worker listens on its own port and dials every peer; both say who they are (`identity`). Once each has heard that all
+have met, the port is TensorFlow's and the connections stay: `watch.py` tells over them that a worker is alive.
+
+TensorFlow itself waits for its peers without a deadline and does not say for whom.
 """
 
 import contextlib
+import errno
+import json
 import logging
+import select
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
-from trainer.cluster import Cluster
 from trainer.errors import RequestError, Stopped
+from trainer.peers import Peer, read_line, send_line
 from trainer.signals import StopRequest
+from trainer.sources import Cluster
 
 _log = logging.getLogger("digitfleet")
 _REPORT_EVERY_SECS = 10.0
-_KNOCK_EVERY_SECS = 0.2
+_DIAL_EVERY_SECS = 0.2
+_ANSWER_WITHIN_SECS = 5.0
+# A worker that is started again may find its port still held by the process before it.
+_PORT_FREE_WITHIN_SECS = 5.0
 
 
-def meet(cluster: Cluster, timeout: float, stop: StopRequest) -> None:
-    """Returns when every worker of the cluster has answered.
+def meet(cluster: Cluster, identity: Mapping[str, Any], token: str, timeout: float, stop: StopRequest) -> list[Peer]:
+    """Returns when all workers have met; with fewer than two there is nobody to wait for.
 
     Args:
-        cluster: all workers; with fewer than two there is nobody to wait for.
+        cluster: all workers, with their addresses.
+        identity: what must be the same on all workers, by name; JSON values.
+        token: what this worker alone tells its peers.
         timeout: seconds to wait.
         stop: ends the wait.
 
     Raises:
-        RequestError: this worker's port is taken.
+        RequestError: this worker's port is taken, or a peer has another identity.
         Stopped: the deadline has passed, or a signal asked for it.
     """
     if len(cluster.workers) < 2:
-        return
-    missing = [worker for index, worker in enumerate(cluster.workers) if index != cluster.index]
+        return []
+    meeting = _Meeting(cluster, identity, token)
+    try:
+        _wait(meeting, timeout, stop)
+    except BaseException:
+        meeting.close(keep_connections=False)
+        raise
+    meeting.close(keep_connections=True)
+    return meeting.peers
+
+
+def _wait(meeting: "_Meeting", timeout: float, stop: StopRequest) -> None:
     started = reported = time.monotonic()
-    with _listen(cluster.workers[cluster.index]):
-        while missing := [worker for worker in missing if not _answers(worker)]:
-            now = time.monotonic()
-            if stop.name:
-                raise Stopped(f"stopped while waiting for {', '.join(missing)}")
-            if now - started >= timeout:
-                raise Stopped(f"did not come within --rendezvous_timeout={timeout:g} s: {', '.join(missing)}")
-            if now - reported >= _REPORT_EVERY_SECS:
-                reported = now
-                _log.info("waiting for %s (%.0f of %g s)", ", ".join(missing), now - started, timeout)
-            time.sleep(_KNOCK_EVERY_SECS)
+    meeting.open()
+    while missing := meeting.missing():
+        now = time.monotonic()
+        if stop.name:
+            raise Stopped(f"stopped while waiting for {', '.join(missing)}")
+        if now - started >= timeout:
+            raise Stopped(f"did not come within --rendezvous_timeout={timeout:g} s: {', '.join(missing)}")
+        if now - reported >= _REPORT_EVERY_SECS:
+            reported = now
+            _log.info("waiting for %s (%.0f of %g s)", ", ".join(missing), now - started, timeout)
+        time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def _listen(worker: str) -> Iterator[None]:
+class _Meeting:
+    """The state of a rendezvous: a listener, and a thread for each peer that dials it until it answers."""
+
+    def __init__(self, cluster: Cluster, identity: Mapping[str, Any], token: str) -> None:
+        self._cluster = cluster
+        self._hello: dict[str, Any] = {
+            "digitfleet": dict(identity),
+            "index": cluster.index,
+            "workers": list(cluster.workers),
+            "token": token,
+        }
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._mismatch = ""
+        self._why = dict.fromkeys(range(len(cluster.workers)), "has not been reached yet")
+        self._server: socket.socket | None = None
+        self.peers = [Peer(index, address) for index, address in enumerate(cluster.workers) if index != cluster.index]
+        self._by_index = {peer.index: peer for peer in self.peers}
+
+    def open(self) -> None:
+        """Starts to listen and to dial."""
+        self._server = _listen(self._cluster.workers[self._cluster.index])
+        threading.Thread(target=self._accept, args=(self._server,), name="accept", daemon=True).start()
+        for peer in self.peers:
+            threading.Thread(target=self._dial, args=(peer,), name=f"dial {peer.index}", daemon=True).start()
+
+    def missing(self) -> list[str]:
+        """Who has not met all others yet, and why, for messages.
+
+        Raises:
+            RequestError: a peer is not of this job.
+        """
+        with self._lock:
+            if self._mismatch:
+                raise RequestError(self._mismatch)
+            for peer in self.peers:
+                _update(peer)
+            not_here = [f"{peer.name}: {self._why_missing(peer)}" for peer in self.peers if not (peer.outgoing and peer.incoming)]
+            if not_here:
+                return not_here
+            for peer in self.peers:
+                if not peer.told_ready:
+                    peer.told_ready = send_line(peer.outgoing, {"ready": True})
+            return [f"{peer.name}: still waits for others" for peer in self.peers if not peer.ready]
+
+    def _why_missing(self, peer: Peer) -> str:
+        return "answers, but cannot reach this worker" if peer.outgoing else self._why[peer.index]
+
+    def close(self, *, keep_connections: bool) -> None:
+        """Stops listening and dialling."""
+        self._over.set()
+        if self._server:
+            # The thread that accepts would hold on to a port that is only closed.
+            with contextlib.suppress(OSError):
+                self._server.shutdown(socket.SHUT_RDWR)
+            self._server.close()
+        if not keep_connections:
+            with self._lock:
+                for peer in self.peers:
+                    peer.close()
+
+    def _accept(self, server: socket.socket) -> None:
+        while not self._over.is_set():
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), name="answer", daemon=True).start()
+
+    def _say_hello(self, connection: socket.socket) -> bool:
+        return send_line(connection, {**self._hello, "time": time.time()})
+
+    def _answer(self, connection: socket.socket) -> None:
+        """Reads who dials, and says who answers."""
+        hello = read_line(connection, _ANSWER_WITHIN_SECS)
+        if _is_hello(hello) and self._say_hello(connection):
+            self._keep(connection, hello, f"worker {hello['index']}", "incoming")
+        else:
+            connection.close()
+
+    def _dial(self, peer: Peer) -> None:
+        while not self._over.wait(_DIAL_EVERY_SECS):
+            if peer.outgoing:
+                continue
+            try:
+                connection = socket.create_connection(peer.host_and_port, timeout=_ANSWER_WITHIN_SECS)
+            except socket.gaierror:
+                self._why[peer.index] = "its name does not resolve"
+            except OSError as error:
+                self._why[peer.index] = f"does not answer ({error.strerror or 'timed out'})"
+            else:
+                if connection.getsockname() == connection.getpeername():
+                    connection.close()  # TCP's simultaneous open: where nobody listens, a connection can meet itself.
+                else:
+                    self._introduce(peer, connection)
+
+    def _introduce(self, peer: Peer, connection: socket.socket) -> None:
+        """Says who dials, and reads who answers."""
+        hello = read_line(connection, _ANSWER_WITHIN_SECS) if self._say_hello(connection) else None
+        if _is_hello(hello):
+            self._keep(connection, hello, peer.name, "outgoing", expected=peer.index)
+        else:
+            self._why[peer.index] = "something answers that is no digitfleet worker waiting for its peers"
+            connection.close()
+
+    def _keep(
+        self, connection: socket.socket, hello: Mapping[str, Any], name: str, direction: str, expected: int | None = None
+    ) -> None:
+        """Makes the connection a peer's if that is of this job. Both ends have heard the same, so both see a difference."""
+        differences = self._differences(hello, expected)
+        with self._lock:
+            if differences:
+                self._mismatch = f"{name} is not started as this worker: {'; '.join(differences)}; start all workers alike"
+            if differences or self._over.is_set():
+                connection.close()
+            else:
+                peer = self._by_index[hello["index"]]
+                peer.take(connection, direction)
+                peer.token = str(hello.get("token"))
+                peer.clock_skew = float(hello.get("time", time.time())) - time.time()
+
+    def _differences(self, hello: Mapping[str, Any], expected: int | None) -> list[str]:
+        own = self._hello
+        if hello["workers"] != own["workers"]:
+            return [f"its list of workers is {_shown(hello['workers'])}, here {_shown(own['workers'])}"]
+        if hello["index"] == own["index"] or hello["index"] != (hello["index"] if expected is None else expected):
+            return [f"it says that it is worker {hello['index']}; this is worker {own['index']}"]
+        ours, theirs = own["digitfleet"], hello["digitfleet"]
+        return [
+            f"{key} {_shown(theirs.get(key))}, here {_shown(ours.get(key))}"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+def _is_hello(message: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    return (
+        message is not None
+        and isinstance(message.get("digitfleet"), dict)
+        and isinstance(message.get("index"), int)
+        and isinstance(message.get("workers"), list)
+    )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _update(peer: Peer) -> None:
+    """Reads what a peer says while others are missing; one that has left is to be met anew."""
+    sockets = [one for one in (peer.outgoing, peer.incoming) if one]
+    readable, _, _ = select.select(sockets, [], [], 0)
+    for one in readable:
+        if not peer.read(one):
+            peer.close()
+            return
+
+
+def _listen(worker: str) -> socket.socket:
     port = int(worker.rpartition(":")[2])
-    try:
-        server = socket.create_server(("", port), backlog=128)
-    except OSError as error:
-        raise RequestError(f"this worker's port {port} ({worker}) cannot be used: {error.strerror}") from error
-    # Connections that nobody accepts are answered by the system: that is all a knock asks for.
-    with server:
-        yield
-
-
-def _answers(worker: str) -> bool:
-    host, _, port = worker.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
-            return True
-    except OSError:
-        return False
+    deadline = time.monotonic() + _PORT_FREE_WITHIN_SECS
+    both = socket.has_dualstack_ipv6()
+    while True:
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024, dualstack_ipv6=both
+            )
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise RequestError(f"this worker's port {port} ({worker}) cannot be used: {error.strerror}") from error
+        time.sleep(_DIAL_EVERY_SECS)

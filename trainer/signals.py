@@ -9,7 +9,6 @@ import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 from trainer.errors import EXIT_STOPPED
@@ -43,7 +42,8 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     stop.listening = True
-    install_handlers(stop)
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
 
     def wait() -> None:
         name = signal.Signals(os.read(reader, 1)[0]).name
@@ -57,16 +57,6 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def install_handlers(stop: StopRequest) -> None:
-    """Takes the signals (back). TensorFlow's coordination service, which workers start, puts its own handler of SIGTERM in place.
-
-    Does nothing where nobody listens: signals belong to the caller of a library.
-    """
-    if stop.listening:
-        for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)
-
-
 def say(text: str) -> None:
     """One line on stderr, whole, from any thread."""
     sys.stderr.write(f"digitfleet: {text}\n")
@@ -78,33 +68,3 @@ def end_now(reason: str) -> None:
     say(f"{reason}; the same command goes on from the last checkpoint")
     sys.stdout.flush()
     os._exit(EXIT_STOPPED)
-
-
-class Watchdog:
-    """Ends the process with 75 when nobody has called `feed` for so many seconds. With 0 seconds it does nothing."""
-
-    def __init__(self, seconds: float, flag: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds, self._flag, self._clock = seconds, flag, clock
-        self._fed = clock()
-        self._done = threading.Event()
-
-    def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-
-    def feed(self) -> None:
-        """Says that the job is alive."""
-        self._fed = self._clock()
-
-    def overdue(self) -> bool:
-        """Whether the deadline has passed."""
-        return self._clock() - self._fed > self._seconds
-
-    def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self._seconds / 4)):
-            if self.overdue():
-                end_now(f"nothing has moved for {self._flag}={self._seconds:g} s")

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,20 @@ from trainer.errors import RequestError, Stopped
 
 # Three checkpoints, the best weights, the exports and the event files of the networks here, with room to spare.
 MIN_FREE_BYTES = 64 * 2**20
+# Longer than NFS clients cache the attributes of a folder (acdirmax, 60 s).
+_SHOWN_WITHIN_SECS = 70.0
+_LOCK = ".lock"
 
 
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder and proves that a job can write there.
+def prepare_folder(folder: Path) -> int:
+    """Makes the folder and proves that a job can write there. Returns the bytes that are free on its disk.
 
     Raises:
         RequestError: it cannot be made or written, or the disk is nearly full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
         free = shutil.disk_usage(folder).free
@@ -35,6 +40,18 @@ def prepare_folder(folder: Path) -> None:
         raise RequestError(
             f"--model_dir={folder}: {free // 2**20} MiB free on its disk, at least {MIN_FREE_BYTES // 2**20} MiB are needed"
         )
+    return free
+
+
+def probe_folder(folder: Path) -> int:
+    """As `prepare_folder`, but leaves no folder behind that was not there."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        return prepare_folder(folder)
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
 
 
 @contextlib.contextmanager
@@ -51,7 +68,7 @@ def exclusive(folder: Path, *, needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / _LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -130,6 +147,25 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def write_token(folder: Path, token: str) -> None:
+    """Leaves a token in the folder, in the file that the chief holds, for `wait_for_token` on another worker."""
+    # In place: a renamed file would not be the one that is locked.
+    (folder / _LOCK).write_text(json.dumps({"token": token}))
+
+
+def wait_for_token(folder: Path, token: str, writer: str) -> None:
+    """Returns when the folder shows the token that another worker says it has left there; a network file system may be late.
+
+    Raises:
+        RequestError: it does not: the workers have different folders.
+    """
+    deadline = time.monotonic() + _SHOWN_WITHIN_SECS
+    while (read_json(folder / _LOCK) or {}).get("token") != token:
+        if time.monotonic() > deadline:
+            raise RequestError(f"--model_dir={folder} is not the folder that {writer} writes to: give one that all reach")
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

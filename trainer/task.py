@@ -1,9 +1,7 @@
 """Trains, evaluates and exports: `python -m trainer.task --strategy mirrored`. Flags in, exit code out; the job is `job.py`."""
 
-import dataclasses
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from absl import flags
@@ -11,7 +9,7 @@ from absl import flags
 from trainer import cli, cluster, console, dataset, signals, storage
 from trainer import flags as task_flags
 from trainer.config import Config
-from trainer.errors import RequestError, Stopped
+from trainer.errors import Stopped
 
 
 def main(positional: list[str]) -> None:
@@ -20,7 +18,7 @@ def main(positional: list[str]) -> None:
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period)
     workers = cluster.from_environment()
-    config = _with_model_dir(config, len(workers.workers))
+    config = task_flags.with_model_dir(config, len(workers.workers))
     model_dir = Path(config.model_dir)
     data = dataset.load(config.data_dir, config.num_classes)
     storage.prepare_folder(model_dir)
@@ -35,15 +33,6 @@ def main(positional: list[str]) -> None:
         raise Stopped(f"{error}; go on with: {_command(config)}") from error
     if workers.is_chief:
         console.print_result(result, config.model_dir)
-
-
-def _with_model_dir(config: Config, num_workers: int) -> Config:
-    if config.model_dir:
-        return config
-    if num_workers > 1:
-        raise RequestError("--model_dir must be given with several workers: one folder that all of them reach")
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return dataclasses.replace(config, model_dir=f"runs/{config.preset}-{started}")
 
 
 def _command(config: Config) -> str:

@@ -5,9 +5,33 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from trainer.cluster import Cluster
+from trainer import collectives
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.sources import Cluster
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which strategy on which devices: known before TensorFlow has started any of them."""
+
+    name: str
+    reason: str
+    kind: str
+    num_devices: int
+    num_workers: int
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model that train in sync, over all workers."""
+        return self.num_devices * self.num_workers
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.name} ({self.reason}): {self.num_replicas} replicas = {self.num_workers} workers x {self.num_devices} "
+            f"{self.kind}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,7 +40,6 @@ class Topology:
 
     strategy: tf.distribute.Strategy
     name: str
-    reason: str
     num_workers: int
     is_chief: bool
 
@@ -44,15 +67,13 @@ def choose_strategy(config: Config, cluster: Cluster, num_gpus: int) -> tuple[st
         else:
             name, reason = "one_device", "one device, no cluster"
     if name == "multi_worker" and not workers:
-        raise RequestError("--strategy=multi_worker: no cluster is described: set TF_CONFIG on every worker")
+        raise RequestError(
+            "--strategy=multi_worker: no cluster is described: set TF_CONFIG on every worker, or see python -m trainer.cluster"
+        )
     if name != "multi_worker" and workers > 1:
         raise RequestError(
             f"--strategy={name} on one of {workers} workers ({cluster.source}): each would train alone and overwrite the "
             "others; use --strategy=multi_worker"
-        )
-    if name == "multi_worker" and not num_gpus and config.num_devices > 1:
-        raise RequestError(
-            f"--num_devices={config.num_devices}: MultiWorkerMirroredStrategy uses one CPU device a worker; start more workers"
         )
     _check_all_reduce(config.all_reduce, name, num_gpus)
     return name, reason
@@ -91,46 +112,47 @@ def configure_tensorflow(config: Config) -> None:
                 raise RequestError(f"--num_devices={config.num_devices}: TensorFlow has started with fewer devices") from error
 
 
-def make_topology(config: Config, cluster: Cluster) -> Topology:
-    """The strategy of a job; under multi_worker it waits until all workers have come.
+def choose_layout(config: Config, cluster: Cluster) -> Layout:
+    """What the strategy will be, without starting it.
 
     Raises:
         RequestError: strategy, cluster and devices contradict each other, or XLA cannot compile what is asked for.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    name, reason = choose_strategy(config, cluster, len(gpus))
-    num_workers = len(cluster.workers) if name == "multi_worker" else 1
-    num_gpus = min(len(gpus), config.num_devices or len(gpus))
-    kind = "GPU" if gpus else "CPU"
-    if gpus:
-        tf.config.set_visible_devices(gpus[:num_gpus], "GPU")
-    if name == "one_device":
-        strategy: tf.distribute.Strategy = tf.distribute.OneDeviceStrategy(f"{kind}:0")
-    elif name == "mirrored":
-        devices = [f"{kind}:{index}" for index in range(num_gpus or config.num_devices or 1)]
-        reductions = {"nccl": tf.distribute.NcclAllReduce, "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce}
-        reduction = reductions.get(config.all_reduce)
-        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction() if reduction else None)
-    else:
-        strategy = _multi_worker_strategy(config, cluster, num_gpus)
-    topology = Topology(strategy, name, reason, num_workers, cluster.is_chief)
-    if config.jit_compile and config.sync_batch_norm and config.model != "cnn" and topology.num_replicas > 1:
+    num_gpus = len(tf.config.list_physical_devices("GPU"))
+    name, reason = choose_strategy(config, cluster, num_gpus)
+    layout = Layout(
+        name=name,
+        reason=reason,
+        kind="GPU" if num_gpus else "CPU",
+        num_devices=1 if name == "one_device" else config.num_devices or num_gpus or 1,
+        num_workers=len(cluster.workers) if name == "multi_worker" else 1,
+    )
+    if config.jit_compile and config.sync_batch_norm and config.model != "cnn" and layout.num_replicas > 1:
         raise RequestError(
             "--jit_compile: XLA cannot compile synchronised batch normalisation over several replicas (tf.distribute's "
             "merge_call fails inside a nested function): add --nosync_batch_norm"
         )
-    return topology
+    return layout
 
 
-def _multi_worker_strategy(config: Config, cluster: Cluster, num_gpus: int) -> tf.distribute.Strategy:
-    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": list(cluster.workers)}),
-        task_type="worker",
-        task_id=cluster.index,
-        num_accelerators={"GPU": num_gpus},
-        rpc_layer="grpc",
-    )
+def make_topology(config: Config, layout: Layout, cluster: Cluster) -> Topology:
+    """The strategy of a job. Under multi_worker all workers must have met, and make it at the same time."""
+    if layout.kind == "GPU":
+        tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[: layout.num_devices], "GPU")
+    devices = [f"{layout.kind}:{index}" for index in range(layout.num_devices)]
+    if layout.name == "one_device":
+        strategy: tf.distribute.Strategy = tf.distribute.OneDeviceStrategy(devices[0])
+    elif layout.name == "mirrored":
+        reductions = {"nccl": tf.distribute.NcclAllReduce, "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce}
+        reduction = reductions.get(config.all_reduce)
+        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction() if reduction else None)
+    else:
+        strategy = _multi_worker_strategy(config, layout, cluster)
+    return Topology(strategy, layout.name, layout.num_workers, cluster.is_chief)
+
+
+def _multi_worker_strategy(config: Config, layout: Layout, cluster: Cluster) -> tf.distribute.Strategy:
     implementation = tf.distribute.experimental.CommunicationImplementation
     choices = {"nccl": implementation.NCCL, "ring": implementation.RING}
-    options = tf.distribute.experimental.CommunicationOptions(implementation=choices.get(config.all_reduce, implementation.AUTO))
-    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver, communication_options=options)
+    chosen = choices.get(config.all_reduce, implementation.AUTO)
+    return collectives.WorkersStrategy(cluster.workers, cluster.index, layout.kind, layout.num_devices, chosen)

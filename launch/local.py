@@ -1,0 +1,137 @@
+"""Starts N workers of one job on this machine and keeps them going.
+
+    python -m launch.local --num_workers 2 -- --preset fast
+    python -m launch.local --num_workers 2 --chaos "kill:1@step=100" -- --preset fast --model_dir runs/chaos
+
+What follows `--` are flags of trainer.task. Every worker's output is shown with its number and kept in `model_dir`/logs.
+"""
+
+import os
+import shlex
+import sys
+import threading
+from pathlib import Path
+
+from absl import flags
+
+from launch import chaos, isolation
+from launch.supervisor import Job, Supervisor
+from trainer import cli
+from trainer import flags as task_flags
+from trainer.config import Config
+from trainer.errors import EXIT_STOPPED, RequestError
+
+_PROGRAM = "launch.local"
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def define(flag_values: flags.FlagValues) -> None:
+    """Adds the launcher's flags."""
+    module = {"flag_values": flag_values, "module_name": sys.argv[0]}
+    flags.DEFINE_integer("num_workers", 2, "Workers, each a process of this machine.", lower_bound=1, **module)
+    flags.DEFINE_integer(
+        "devices_per_worker",
+        0,
+        "GPUs of each worker or, where there is none, logical devices to split its CPU into. 0: all GPUs shared out, or one CPU.",
+        lower_bound=0,
+        **module,
+    )
+    flags.DEFINE_integer(
+        "max_restarts", 3, "Times all workers are started again after one was lost or stopped.", lower_bound=0, **module
+    )
+    flags.DEFINE_string(
+        "chaos",
+        "",
+        "Faults: kill, term or stop, a worker or *, and a step, such as kill:1@step=200,stop:0@step=350,term:*@step=500. "
+        "A stopped worker is found after --step_timeout of the job.",
+        **module,
+    )
+    flags.DEFINE_boolean(
+        "isolate",
+        True,
+        "Keep the workers' ports, which have no authentication, in a network namespace of their own. They then reach no network.",
+        **module,
+    )
+
+
+def main(task_arguments: list[str]) -> None:
+    """Runs the job; exits with its code."""
+    values = flags.FLAGS
+    config = _task_config(task_arguments)
+    faults = chaos.parse(values.chaos, values.num_workers)
+    model_dir = config.model_dir or task_flags.new_model_dir(config)
+    environments, num_devices = _share_devices(values.num_workers, values.devices_per_worker or config.num_devices)
+    extra = [] if config.model_dir else [f"--model_dir={model_dir}"]
+    extra += [f"--num_devices={num_devices}"] if num_devices else []
+    if values.isolate and (reason := isolation.isolate()):
+        _say(
+            f"warning: other machines may reach the workers' ports, which have no authentication (no network namespace: {reason})"
+        )
+    job = Job(
+        command=[sys.executable, "-m", "trainer.task", *task_arguments, *extra],
+        environments=environments,
+        model_dir=Path(model_dir),
+        max_restarts=values.max_restarts,
+        grace_period_secs=config.grace_period,
+        step_timeout_secs=config.step_timeout,
+        faults=faults,
+    )
+    code = Supervisor(job, _say, _show).run()
+    if code == EXIT_STOPPED:
+        _say(f"go on with: {_command(task_arguments, extra[: 0 if config.model_dir else 1])}")
+    sys.exit(code)
+
+
+def _task_config(arguments: list[str]) -> Config:
+    """What the workers will understand, so that a mistake is told once and not by each.
+
+    Raises:
+        RequestError: a flag of the task is wrong.
+    """
+    values = flags.FlagValues()
+    task_flags.define(values)
+    # Flags that are absl's own, such as --verbosity, are left to the workers.
+    rest = task_flags.parse(values, ["trainer.task", *arguments], known_only=True)[1:]
+    return task_flags.to_config(values, [argument for argument in rest if not argument.startswith("-")])
+
+
+def _share_devices(num_workers: int, num_devices: int) -> tuple[list[dict[str, str]], int]:
+    """Each worker's share of the GPUs, as its environment, and the number of devices of each."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [name for name in given.split(",") if name] if given is not None else [str(n) for n in range(_count_gpus())]
+    if not gpus:
+        return [{} for _ in range(num_workers)], num_devices
+    share = num_devices or len(gpus) // num_workers
+    if not share or share * num_workers > len(gpus):
+        raise RequestError(
+            f"--num_workers={num_workers} x {share or 1} GPUs: this machine has {len(gpus)}; start fewer, or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[n * share : (n + 1) * share])} for n in range(num_workers)], share
+
+
+def _count_gpus() -> int:
+    return len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
+
+
+def _command(task_arguments: list[str], extra: list[str]) -> str:
+    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return shlex.join(["python", "-m", _PROGRAM, *own, "--", *task_arguments, *extra])
+
+
+_printing = threading.Lock()
+
+
+def _say(text: str) -> None:
+    with _printing:
+        print(f"{_PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def _show(worker: int, line: str) -> None:
+    with _printing:
+        print(f"[{worker}] {line}", flush=True)
+
+
+if __name__ == "__main__":
+    define(flags.FLAGS)
+    cli.run(_PROGRAM, main)

@@ -1,0 +1,26 @@
+"""Ports for workers of this machine."""
+
+import random
+import socket
+from pathlib import Path
+
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, outside of the range from which the system serves outgoing connections.
+
+    A port of that range could be taken by a connection before its worker listens, or a worker could reach itself through it.
+    """
+    first_ephemeral = int(_RANGE.read_text().split()[0]) if _RANGE.exists() else 32768
+    candidates = list(range(10240, max(first_ephemeral, 20480)))
+    random.shuffle(candidates)
+    ports: list[int] = []
+    while len(ports) < count:
+        port = candidates.pop()
+        try:
+            socket.create_server(("", port)).close()
+        except OSError:
+            continue
+        ports.append(port)
+    return ports

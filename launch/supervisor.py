@@ -1,0 +1,166 @@
+"""Keeps a job of several workers going: one failed worker ends all, and what can go on is started again."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from launch.chaos import SIGNALS, Fault
+from launch.ports import free_ports
+from launch.progress import LostTime, last_step
+from launch.workers import Workers
+from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, EXIT_REQUEST, EXIT_STOPPED
+
+_LOOK_EVERY_SECS = 0.05
+# Workers notice a lost peer within ten seconds.
+_END_TOGETHER_SECS = 10.0
+_FIRST_BACKOFF_SECS, _LONGEST_BACKOFF_SECS = 1.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to supervise.
+
+    Attributes:
+        command: what every worker runs.
+        environments: what each worker's environment has beside TF_CONFIG.
+        model_dir: the job's folder.
+        max_restarts: how often all workers are started again.
+        grace_period_secs: what workers take to save after a signal.
+        step_timeout_secs: how long a worker may be stopped (SIGSTOP) when no other is left to notice; 0 for ever.
+        faults: signals to send, by step.
+    """
+
+    command: Sequence[str]
+    environments: Sequence[Mapping[str, str]]
+    model_dir: Path
+    max_restarts: int
+    grace_period_secs: float
+    step_timeout_secs: float
+    faults: Sequence[Fault] = ()
+
+
+class Supervisor:
+    """Runs a job to its end.
+
+    Args:
+        job: what to run.
+        say: takes a line for the user.
+        show: takes a worker's index and a line of its output.
+    """
+
+    def __init__(self, job: Job, say: Callable[[str], None], show: Callable[[int, str], None]) -> None:
+        self._job, self._say, self._show = job, say, show
+        self._faults = list(job.faults)
+        self._lost = LostTime(say)
+        self._asked: list[signal.Signals] = []
+        self._running = 0.0
+
+    def run(self) -> int:
+        """Starts the workers, again and again as far as allowed; returns the exit code. Call it in the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self._asked.append(signal.Signals(number)))
+        backoff, restarts = _FIRST_BACKOFF_SECS, 0
+        while True:
+            before = last_step(self._job.model_dir)
+            code = self._attempt()
+            if code != EXIT_STOPPED or self._asked:
+                break
+            if restarts == self._job.max_restarts:
+                self._say(f"stopped after {restarts} restarts (--max_restarts)")
+                break
+            restarts += 1
+            # Who comes further each time is no crash loop.
+            backoff = _FIRST_BACKOFF_SECS if last_step(self._job.model_dir) > before else min(2 * backoff, _LONGEST_BACKOFF_SECS)
+            self._say(f"restart {restarts} of at most {self._job.max_restarts} in {backoff:g} s")
+            self._sleep(backoff)
+            if self._asked:
+                break
+        if summary := self._lost.summary():
+            self._say(summary)
+        return code
+
+    def _attempt(self) -> int:
+        """One start of all workers; returns the exit code of the job."""
+        with self._start() as workers:
+            while not any(workers.codes()) and None in workers.codes() and not self._asked:
+                self._inject(workers)
+                self._end_if_all_stopped(workers)
+                time.sleep(_LOOK_EVERY_SECS)
+            self._lost.at(last_step(self._job.model_dir))
+            if self._asked:
+                self._pass_on(workers)
+            elif any(workers.codes()):
+                self._end(workers)
+            codes = [code if code is not None else -signal.SIGKILL for code in workers.codes()]
+        return _job_code(codes)
+
+    def _start(self) -> Workers:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(self._job.environments))]
+        environments = [
+            {
+                **environment,
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}),
+            }
+            for index, environment in enumerate(self._job.environments)
+        ]
+        return Workers(self._job.command, environments, self._job.model_dir / "logs", self._show)
+
+    def _inject(self, workers: Workers) -> None:
+        step = last_step(self._job.model_dir)
+        self._lost.at(step)
+        if self._faults and step >= self._faults[0].step:
+            fault = self._faults.pop(0)
+            self._say(f"chaos: {fault}, at step {step}")
+            self._lost.fault(step)
+            workers.signal(SIGNALS[fault.action], fault.worker)
+
+    def _end_if_all_stopped(self, workers: Workers) -> None:
+        """Who is stopped cannot notice that the others are."""
+        if not workers.all_stopped():
+            self._running = time.monotonic()
+        elif self._job.step_timeout_secs and time.monotonic() - self._running > self._job.step_timeout_secs:
+            self._say(f"all workers have been stopped (SIGSTOP) for {self._job.step_timeout_secs:g} s: killed")
+            workers.signal(signal.SIGKILL)
+
+    def _end(self, workers: Workers) -> None:
+        """One has failed: the others end by themselves, or are ended."""
+        failed = [(index, code) for index, code in enumerate(workers.codes()) if code]
+        self._lost.fault(last_step(self._job.model_dir))
+        self._say("; ".join(f"worker {index} {_words(code)}" for index, code in failed) + ": ending all")
+        if any(code in (EXIT_DEFECT, EXIT_REQUEST) for _, code in failed):
+            workers.signal(signal.SIGTERM)
+        if not workers.wait(_END_TOGETHER_SECS, lambda: len(self._asked) > 1):
+            running = [str(index) for index, code in enumerate(workers.codes()) if code is None]
+            self._say(f"worker {', '.join(running)} did not end within {_END_TOGETHER_SECS:g} s: killed")
+
+    def _pass_on(self, workers: Workers) -> None:
+        """The user's signal goes to all workers; a second one, too, and ends them at once."""
+        first = self._asked[0]
+        self._say(f"{first.name}: passed on to the workers; a second one stops them without saving")
+        workers.signal(first)
+        if workers.wait(self._job.grace_period_secs + _END_TOGETHER_SECS, lambda: len(self._asked) > 1):
+            workers.signal(signal.SIGTERM)
+            workers.wait(1.0)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._asked:
+            time.sleep(_LOOK_EVERY_SECS)
+
+
+def _words(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+
+def _job_code(codes: Sequence[int]) -> int:
+    """What the job's end is, given each worker's: what cannot be mended by a restart counts first."""
+    for final in (EXIT_REQUEST, EXIT_DEFECT):
+        if final in codes:
+            return final
+    if not any(codes):
+        return EXIT_FINISHED
+    # Ended by a signal, or because of a peer that was.
+    return EXIT_STOPPED if all(code <= 0 or code == EXIT_STOPPED for code in codes) else EXIT_DEFECT

@@ -1,0 +1,124 @@
+"""The processes of one attempt: started together, logged line by line, ended together, none left behind."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Workers:
+    """Runs the same command once for each environment. Use it as a context: at its end no process is left.
+
+    Args:
+        command: what every worker runs.
+        environments: what each worker's environment has beside this one's.
+        log_dir: a folder for `worker-<index>.log`, to which is appended.
+        show: takes a worker's index and a line of its output.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        log_dir: Path,
+        show: Callable[[int, str], None],
+    ) -> None:
+        self._show = show
+        self._threads: list[threading.Thread] = []
+        self.processes: list[subprocess.Popen[str]] = []
+        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            for index, environment in enumerate(environments):
+                self._start(index, command, environment, log_dir / f"worker-{index}.log")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self, index: int, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # Ctrl-C is for the launcher alone, which passes it on: a worker that gets two ends without saving.
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        self.processes.append(process)
+        self._threads.append(threading.Thread(target=self._read, args=(index, process.stdout, log), daemon=True))
+        self._threads[-1].start()
+
+    def _read(self, index: int, stream: IO[str], log: Path) -> None:
+        with stream, open(log, "a", buffering=1) as file:
+            for line in stream:
+                file.write(line)
+                self._show(index, line.rstrip("\n"))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def codes(self) -> list[int | None]:
+        """Each worker's exit code: None while it runs, negative for a signal."""
+        return [process.poll() for process in self.processes]
+
+    def signal(self, number: signal.Signals, worker: int | None = None) -> None:
+        """Sends a signal to one worker, or to all that still run, and to what they have started."""
+        for index, process in enumerate(self.processes):
+            if worker in (None, index) and process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+    def all_stopped(self) -> bool:
+        """Whether none of those that run can do anything (SIGSTOP)."""
+        running = [process.pid for process in self.processes if process.poll() is None]
+        return bool(running) and all(_is_stopped(pid) for pid in running)
+
+    def wait(self, seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until all have ended or `done` says so; False if neither is the case in time. Ends who is stopped for good.
+
+        A worker that has been stopped (SIGSTOP) cannot end by itself.
+        """
+        deadline = time.monotonic() + seconds
+        while None in self.codes() and not done():
+            for index, process in enumerate(self.processes):
+                if process.poll() is None and _is_stopped(process.pid):
+                    self.signal(signal.SIGKILL, index)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """In the child: the kernel kills it when the launcher is killed itself. What is on disk is whole at any time."""
+    if _LIBC:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,144 @@
+"""The checks before a job: each failure has its mend in the same line, and nothing is trained or left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, arguments, free_ports
+
+from trainer import machine
+from trainer.errors import RequestError
+from trainer.machine import Finding
+
+A100 = {"device_name": "NVIDIA A100", "compute_capability": (8, 0)}
+V100 = {"device_name": "Tesla V100", "compute_capability": (7, 0)}
+P100 = {"device_name": "Tesla P100", "compute_capability": (6, 0)}
+
+
+def doctor(environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "trainer.doctor", *arguments(options)]
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def tf_config(workers: list[str], index: int) -> dict[str, str]:
+    return {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})}
+
+
+def test_healthy_machine_passes_and_nothing_is_left_behind(tiny_data: Path, tmp_path: Path) -> None:
+    done = doctor(data_dir=tiny_data, model_dir=tmp_path / "new" / "run", global_batch_size=32)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} <= {"ok", "note"}
+    for name in ("cluster", "model_dir", "data", "versions", "devices", "precision", "shared memory", "strategy", "batch", "run"):
+        assert any(line[6:].startswith(name) for line in done.stdout.splitlines()), name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_says_the_same_and_every_failure_is_found_at_once(tmp_path: Path) -> None:
+    done = doctor(data_dir=tmp_path / "nowhere", model_dir="/proc/nowhere", num_devices=3, format="json")
+    assert done.returncode == 2
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    failed = {check["name"]: check["text"] for check in report["checks"] if check["status"] == "fail"}
+    assert set(failed) == {"data", "model_dir"}
+    assert "nowhere" in failed["data"]
+    assert "cannot be written" in failed["model_dir"]
+
+
+def test_batch_that_does_not_divide_is_found_with_sizes_that_do(tiny_data: Path) -> None:
+    done = doctor(data_dir=tiny_data, num_devices=3, global_batch_size=32)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("fail")]
+    assert "use 30 or 33" in line
+
+
+def test_wrong_flag_is_one_line() -> None:
+    done = doctor(precision="float8")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_folder_of_another_run_is_found(finished: Path, tiny_data: Path) -> None:
+    done = doctor(model_dir=finished, data_dir=tiny_data, preset="article", global_batch_size=32)
+    assert done.returncode == 2
+    assert "holds a run of another configuration" in done.stdout
+
+
+def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    options = {"data_dir": tiny_data, "model_dir": tmp_path / "run", "global_batch_size": 32}
+    command = [sys.executable, "-m", "trainer.doctor", *arguments(options)]
+    doctors = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, **tf_config(workers, index)},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [one.communicate(timeout=120)[0] for one in doctors]
+    assert [one.returncode for one in doctors] == [0, 0], outputs
+    for output in outputs:
+        assert "all 2 workers have met" in output
+        assert "clocks" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_peer_is_found(tiny_data: Path, tmp_path: Path) -> None:
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    options = {"data_dir": tiny_data, "model_dir": tmp_path / "run", "global_batch_size": 32, "rendezvous_timeout": 1}
+    done = doctor(tf_config(workers, 0), **options)
+    assert done.returncode == 2
+    assert f"worker 1 ({workers[1]}): does not answer" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("visible", "nodes", "count"),
+    [(None, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"], 2), (None, [], 0), ("1", ["nvidia0", "nvidia1"], 1),
+     ("", ["nvidia0"], 0), ("-1", ["nvidia0"], 0), ("0,1", ["nvidia0"], 1)],
+)  # fmt: skip
+def test_gpus_are_counted_by_their_device_nodes(visible: str | None, nodes: list[str], count: int, tmp_path: Path) -> None:
+    for node in nodes:
+        (tmp_path / node).touch()
+    assert machine.count_gpus(visible, tmp_path) == count
+
+
+def test_gpu_that_tensorflow_cannot_use_is_a_failure_with_its_mend() -> None:
+    finding = machine.check_devices(usable=0, existing=2)
+    assert finding.status == "fail"
+    assert "2 NVIDIA GPUs, TensorFlow can use 0" in finding.text
+    assert "CUDA_VISIBLE_DEVICES" in finding.mend
+    assert machine.check_devices(2, 2).status == machine.check_devices(0, 0).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "flags", "status"),
+    [
+        ("float32", [], set(), "ok"), ("float32", [P100], set(), "ok"), ("mixed_float16", [A100, V100], set(), "ok"),
+        ("mixed_float16", [A100, P100], set(), "note"), ("mixed_bfloat16", [A100], set(), "ok"),
+        ("mixed_bfloat16", [V100], set(), "note"), ("mixed_bfloat16", [], {"avx512_bf16"}, "ok"),
+        ("mixed_bfloat16", [], {"avx2"}, "note"), ("mixed_float16", [], {"avx512_bf16"}, "note"),
+    ],
+)  # fmt: skip
+def test_precision_is_compared_with_what_the_hardware_computes_fast(
+    precision: str, gpus: list[dict], flags: set[str], status: str
+) -> None:
+    finding = machine.check_precision(precision, gpus, flags)
+    assert finding.status == status
+    assert bool(finding.mend) == (status != "ok")
+
+
+def test_small_shared_memory_is_noted_where_nccl_needs_it() -> None:
+    assert machine.check_shared_memory(2, 64 * 2**20).status == "note"
+    assert machine.check_shared_memory(1, 64 * 2**20).status == "ok"
+    assert machine.check_shared_memory(2, 4 * 2**30).status == "ok"
+
+
+def test_job_makes_the_same_checks() -> None:
+    with pytest.raises(RequestError, match="it is broken: mend it"):
+        list(machine.require([Finding("a", "ok", "fine"), Finding("b", "fail", "it is broken", "mend it")]))
+    (noted,) = machine.require([Finding("a", "ok", "fine"), Finding("b", "note", "slow", "speed it up")])
+    assert str(noted) == "slow: speed it up"

@@ -1,0 +1,78 @@
+"""Whose folder is it? config.json says which run `model_dir` holds; only that run goes on there."""
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer import __version__, storage
+from trainer.config import Config
+from trainer.errors import RequestError
+from trainer.topology import Topology
+
+_CONFIG = "config.json"
+_RESULT = "result.json"
+
+
+def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) -> int:
+    """Checks that `model_dir` holds this run or none, and returns how often the run was started before.
+
+    Raises:
+        RequestError: it holds another run.
+    """
+    before = storage.read_json(model_dir / _CONFIG)
+    if not before:
+        if (model_dir / "checkpoints").exists():
+            raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
+        return 0
+    # The chief alone: on a worker the file may be what the chief has written just now.
+    if not config.resume and is_chief:
+        raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
+    options = {**config.result_fields(), "data_sha256": data_sha256}
+    old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
+    changed = [f"{name} {old.get(name)} -> {value}" for name, value in options.items() if old.get(name) != value]
+    if changed:
+        raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {'; '.join(changed)}")
+    return int(before["restarts"]) + 1
+
+
+def finished(model_dir: Path) -> dict[str, Any] | None:
+    """The result of the run in `model_dir`, if it has come to its end."""
+    return storage.read_json(model_dir / _RESULT)
+
+
+def finish(model_dir: Path, result: dict[str, Any]) -> None:
+    """Writes the result: from then on the run has finished."""
+    storage.write_json(model_dir / _RESULT, result)
+
+
+def versions() -> dict[str, str]:
+    """What the weights depend on beside the configuration."""
+    return {
+        "digitfleet": __version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(model_dir: Path, config: Config, data_sha256: str, restarts: int, topology: Topology) -> None:
+    """Writes config.json: from now on the folder is this run's."""
+    content = {
+        "config": dataclasses.asdict(config),
+        "data_sha256": data_sha256,
+        "restarts": restarts,
+        "versions": versions(),
+        "topology": {
+            "strategy": topology.name,
+            "num_replicas": topology.num_replicas,
+            "num_workers": topology.num_workers,
+            "devices": [device.name for device in tf.config.list_logical_devices()],
+        },
+    }
+    storage.write_json(model_dir / _CONFIG, content)

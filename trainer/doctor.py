@@ -1,0 +1,170 @@
+"""Checks everything that a job needs before it costs anything, and trains nothing: `python -m trainer.doctor [task flags]`.
+
+In a cluster it is started on every worker, like the job: then the workers meet, compare and read what the chief has written.
+Every job makes the same checks when it starts.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags
+
+from trainer import cli, cluster, dataset, signals, storage
+from trainer import flags as task_flags
+from trainer.config import Config
+from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, JobError
+from trainer.sources import Cluster
+
+T = TypeVar("T")
+# Time axes of workers are laid over each other, and certificates and make go by the clock.
+_MOST_SKEW_SECS = 5.0
+
+
+class Report:
+    """The outcome of each check, in order."""
+
+    def __init__(self, show: Callable[[str, str, str, str], None]) -> None:
+        self._show = show
+        self.checks: list[dict[str, str]] = []
+
+    def add(self, name: str, status: str, text: str, mend: str = "") -> None:
+        """Adds one outcome."""
+        self.checks.append({"name": name, "status": status, "text": text, "mend": mend})
+        self._show(name, status, text, mend)
+
+    def check(self, name: str, look: Callable[[], tuple[str, T]]) -> T | None:
+        """Adds what `look` says; what it raises is a failure, whose message has the mend. Returns what it has found."""
+        try:
+            text, found = look()
+        except JobError as error:
+            self.add(name, "fail", " ".join(str(error).split()))
+            return None
+        self.add(name, "ok", text)
+        return found
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing has failed."""
+        return all(check["status"] != "fail" for check in self.checks)
+
+
+def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
+    """Makes all checks. What depends on a check that has failed is not looked at."""
+    workers = report.check("cluster", _look_at_cluster)
+    model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
+    data = report.check("data", lambda: _look_at_data(config))
+    with cli.quiet_start():
+        from trainer import claim, machine
+        from trainer.topology import choose_layout, configure_tensorflow
+
+    configure_tensorflow(config)
+    for finding in machine.inspect(config, cluster.visible_gpus()):
+        report.add(**dataclasses.asdict(finding))
+    if workers is None or data is None:
+        return
+    layout = report.check("strategy", lambda: ((found := choose_layout(config, workers)).describe(), found))
+    if layout is None:
+        return
+    plan = report.check("batch", lambda: _look_at_batch(config, data, layout.num_replicas))
+    if plan is None or model_dir is None:
+        return
+    restarts = report.check("run", lambda: _look_at_run(claim.check, model_dir, config, data, workers))
+    if restarts is not None and len(workers.workers) > 1:
+        skew = report.check("peers", lambda: _look_at_peers(config, data, workers, layout, stop))
+        if skew is not None:
+            late = skew > _MOST_SKEW_SECS
+            report.add(
+                "clocks", "note" if late else "ok", f"differ by {skew:.1f} s at most", "synchronise them with NTP" if late else ""
+            )
+
+
+def _look_at_cluster() -> tuple[str, Cluster]:
+    found = cluster.from_environment()
+    if not found.workers:
+        return f"{found.source}: this machine alone", found
+    return f"{found.source}: worker {found.index} of {', '.join(found.workers)}", found
+
+
+def _look_at_model_dir(config: Config, workers: Cluster) -> tuple[str, Path]:
+    config = task_flags.with_model_dir(config, len(workers.workers))
+    folder = Path(config.model_dir)
+    free = storage.probe_folder(folder)
+    return f"{folder}: can be written, {free / 2**30:.1f} GiB free", folder
+
+
+def _look_at_data(config: Config) -> tuple[str, dataset.Dataset]:
+    data = dataset.load(config.data_dir, config.num_classes)
+    height, width, channels = data.train.images.shape[1:]
+    text = (
+        f"{config.data_dir or 'embedded MNIST'}: {len(data.train)} training and {len(data.test)} test examples of "
+        f"{height}x{width}x{channels}, {data.num_classes} classes; "
+        "every worker holds all of them, so there are no shards to share out"
+    )
+    return text, data
+
+
+def _look_at_batch(config: Config, data: dataset.Dataset, num_replicas: int) -> tuple[str, Any]:
+    from trainer.plan import make_plan
+
+    train_set, _ = dataset.split_validation(data.train, config.validation_fraction)
+    plan = make_plan(config, len(train_set), num_replicas)
+    return plan.describe(), plan
+
+
+def _look_at_run(
+    check: Callable[..., int], model_dir: Path, config: Config, data: dataset.Dataset, workers: Cluster
+) -> tuple[str, int]:
+    restarts = check(model_dir, config, data.sha256, is_chief=workers.is_chief)
+    if model_dir.exists():
+        with storage.exclusive(model_dir, needed=workers.is_chief):
+            pass
+    return f"goes on with the run in {model_dir}" if restarts else f"{model_dir} holds no run yet", restarts
+
+
+def _look_at_peers(
+    config: Config, data: dataset.Dataset, workers: Cluster, layout: Any, stop: signals.StopRequest
+) -> tuple[str, float]:
+    from trainer import preflight
+
+    Path(config.model_dir).mkdir(parents=True, exist_ok=True)
+    with (
+        storage.exclusive(Path(config.model_dir), needed=workers.is_chief),
+        preflight.met(config, data.sha256, workers, layout, stop) as (_, peers, watch),
+    ):
+        watch.end_together()
+        skew = max(abs(peer.clock_skew) for peer in peers)
+    return f"all {len(peers) + 1} workers have met: same versions, configuration and data, one shared folder", skew
+
+
+def main(positional: list[str]) -> None:
+    """Prints one line a check; exits with 0 if the job can start, else with 2."""
+    config = task_flags.to_config(flags.FLAGS, positional)
+    stop = signals.StopRequest()
+    signals.listen(stop, lambda: config.grace_period)
+    as_json = flags.FLAGS.format == "json"
+    report = Report(_show_nothing if as_json else _show)
+    if as_json:
+        logging.getLogger("digitfleet").setLevel(logging.WARNING)
+    examine(config, report, stop)
+    if as_json:
+        print(json.dumps({"ok": report.passed, "checks": report.checks}))
+    sys.exit(EXIT_FINISHED if report.passed else EXIT_REQUEST)
+
+
+def _show(name: str, status: str, text: str, mend: str) -> None:
+    print(f"{status:4}  {name:13}  {text}{f': {mend}' if mend else ''}", flush=True)
+
+
+def _show_nothing(*_: str) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    task_flags.define(flags.FLAGS)
+    flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", module_name=sys.argv[0])
+    cli.run("trainer.doctor", main)

@@ -1,0 +1,168 @@
+"""What this machine has and TensorFlow can use of it: the losses that nobody reports, each with its mend."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer import __version__
+from trainer.config import Config
+from trainer.errors import RequestError
+
+# NVIDIA's documentation of NCCL asks for as much ("Sharing data", docker run --shm-size=1g).
+_NCCL_SHM_BYTES = 2**30
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: what was looked at.
+        status: ok, note (works, but not as well as it could) or fail.
+        text: what was found.
+        mend: what to do about it; empty if nothing.
+    """
+
+    name: str
+    status: str
+    text: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.mend}" if self.mend else self.text
+
+
+def inspect(config: Config, visible_gpus: str | None) -> list[Finding]:
+    """All checks of this machine.
+
+    Args:
+        config: what the job asks for.
+        visible_gpus: CUDA_VISIBLE_DEVICES; None if it is not set.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    return [
+        check_versions(details),
+        check_devices(len(gpus), count_gpus(visible_gpus)),
+        check_precision(config.precision, details, _cpu_flags()),
+        check_shared_memory(len(gpus), _free_shared_memory()),
+    ]
+
+
+def require(findings: list[Finding]) -> Iterator[Finding]:
+    """The findings that a user should know of.
+
+    Raises:
+        RequestError: one of them is a failure.
+    """
+    for finding in findings:
+        if finding.status == "fail":
+            raise RequestError(str(finding))
+        if finding.status == "note":
+            yield finding
+
+
+def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs that this process may use, whether TensorFlow finds them or not.
+
+    Device nodes are what a container is given; /proc/driver/nvidia lists the host's.
+    """
+    existing = len([path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
+    if visible is None:
+        return existing
+    return min(existing, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+
+
+def check_versions(gpus: list[dict[str, Any]]) -> Finding:
+    """Which versions would run."""
+    parts = [
+        f"digitfleet {__version__}",
+        f"Python {platform.python_version()}",
+        f"TensorFlow {tf.__version__}",
+        f"Keras {keras.__version__}",
+    ]
+    if gpus:
+        build = tf.sysconfig.get_build_info()
+        parts += [
+            f"driver {_driver_version()}",
+            f"CUDA {build.get('cuda_version', '?')}",
+            f"cuDNN {build.get('cudnn_version', '?')}",
+        ]
+        parts += [f"NCCL {_nccl_version()}"]
+    return Finding("versions", "ok", ", ".join(parts))
+
+
+def check_devices(usable: int, existing: int) -> Finding:
+    """Whether TensorFlow uses every GPU that there is: that it does not is the commonest silent loss."""
+    if usable < existing:
+        return Finding(
+            "devices",
+            "fail",
+            f"this machine has {existing} NVIDIA GPUs, TensorFlow can use {usable}",
+            "pip install '.[gpu]', look for its reason with --verbosity=0, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU",
+        )
+    return Finding("devices", "ok", f"{usable} GPUs, all of them usable" if usable else "no NVIDIA GPU: the CPU is used")
+
+
+def check_precision(precision: str, gpus: list[dict[str, Any]], cpu_flags: set[str]) -> Finding:
+    """Whether the hardware computes fast in the precision asked for.
+
+    Compute capabilities: https://docs.nvidia.com/deeplearning/performance/mixed-precision-training (7.0 for float16),
+    CUDA C++ Programming Guide, "Arithmetic Instructions" (8.0 for bfloat16).
+    """
+    needed = {"mixed_float16": (7, 0), "mixed_bfloat16": (8, 0)}.get(precision)
+    if gpus and needed:
+        slow = [gpu for gpu in gpus if gpu.get("compute_capability", needed) < needed]
+        if slow:
+            capability = ".".join(map(str, slow[0]["compute_capability"]))
+            return Finding(
+                "precision",
+                "note",
+                f"--precision={precision} is slow on {slow[0].get('device_name', 'this GPU')} (compute capability {capability}, "
+                f"fast from {needed[0]}.{needed[1]} on)",
+                "use mixed_float16" if precision == "mixed_bfloat16" and capability >= "7.0" else "use float32",
+            )
+    if not gpus and precision == "mixed_float16":
+        return Finding("precision", "note", "--precision=mixed_float16 is slow on CPUs", "use float32 or mixed_bfloat16")
+    if not gpus and precision == "mixed_bfloat16" and not cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return Finding("precision", "note", "--precision=mixed_bfloat16: this CPU has no bfloat16 instructions", "use float32")
+    return Finding("precision", "ok", precision)
+
+
+def check_shared_memory(num_gpus: int, free_bytes: int | None) -> Finding:
+    """Whether NCCL has what it exchanges data through; containers have 64 MiB unless told."""
+    if free_bytes is None:
+        return Finding("shared memory", "ok", "no /dev/shm")
+    text = f"{free_bytes / _GIB:.1f} GiB free in /dev/shm"
+    if num_gpus > 1 and free_bytes < _NCCL_SHM_BYTES:
+        return Finding("shared memory", "note", f"{text}, NCCL asks for 1 GiB", "docker run --shm-size=1g, or a memory emptyDir")
+    return Finding("shared memory", "ok", text)
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return set(next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split())
+
+
+def _free_shared_memory() -> int | None:
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+
+
+def _driver_version() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    words = path.read_text().split() if path.exists() else []
+    return next((word for word in words if word[0].isdigit() and "." in word), "?")
+
+
+def _nccl_version() -> str:
+    packages = [package for package in importlib.metadata.distributions() if package.name.startswith("nvidia-nccl-")]
+    return packages[0].version if packages else "?"

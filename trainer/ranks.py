@@ -1,0 +1,98 @@
+"""Where ranks without hosts meet: MPI launchers number their processes but do not say where they run.
+
+Rank 0 writes a token of its own into the shared `model_dir`; the others answer it with their addresses; rank 0 then writes
+the list. Files of an earlier launch do no harm: they carry other tokens.
+"""
+
+import dataclasses
+import logging
+import secrets
+import socket
+import time
+from pathlib import Path
+
+from trainer import storage
+from trainer.errors import RequestError, Stopped
+from trainer.signals import StopRequest
+from trainer.sources import Cluster
+
+_log = logging.getLogger("digitfleet")
+_FOLDER = ".ranks"
+_LOOK_EVERY_SECS = 0.2
+_REPORT_EVERY_SECS = 10.0
+
+
+def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: StopRequest) -> Cluster:
+    """The cluster with everybody's address; at once where the addresses are known.
+
+    Args:
+        cluster: what the environment says.
+        model_dir: the folder that all ranks reach.
+        timeout: seconds to wait for the other ranks.
+        stop: ends the wait.
+
+    Raises:
+        RequestError: the folder cannot be written.
+        Stopped: the deadline has passed, or a signal asked for it.
+    """
+    if cluster.knows_hosts:
+        return cluster
+    folder = model_dir / _FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        workers = _exchange(folder, cluster, own_address(), timeout, stop)
+    except OSError as error:
+        raise RequestError(f"--model_dir={model_dir}: the ranks cannot meet there: {error.strerror}") from error
+    return dataclasses.replace(cluster, workers=tuple(workers))
+
+
+def own_address() -> str:
+    """This machine's address that others reach, with a port that is free now."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    return f"{_own_host()}:{port}"
+
+
+def _own_host() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: it asks the routing table which address faces the other machines. 192.0.2.0/24 is for documentation.
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop: StopRequest) -> list[str]:
+    own, size = secrets.token_hex(8), len(cluster.workers)
+    started = reported = time.monotonic()
+    missing: list[int] = []
+    if cluster.is_chief:
+        storage.write_json(folder / "0.json", {"token": own})
+    answered = ""
+    while True:
+        if cluster.is_chief:
+            answers = {rank: storage.read_json(folder / f"{rank}.json") or {} for rank in range(1, size)}
+            missing = [rank for rank, answer in answers.items() if answer.get("token") != own]
+            if not missing:
+                workers = [address, *(answers[rank]["address"] for rank in range(1, size))]
+                tokens = [answers[rank]["own"] for rank in range(1, size)]
+                storage.write_json(folder / "0.json", {"token": own, "workers": workers, "tokens": tokens})
+                return workers
+        else:
+            chief, missing = storage.read_json(folder / "0.json") or {}, [0]
+            if own in chief.get("tokens", ()):
+                return list(chief["workers"])
+            if chief.get("token") and chief["token"] != answered:
+                answered = chief["token"]
+                storage.write_json(folder / f"{cluster.index}.json", {"token": answered, "own": own, "address": address})
+        now = time.monotonic()
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        if stop.name:
+            raise Stopped(f"stopped while waiting for {names}")
+        if now - started >= timeout:
+            raise Stopped(f"did not come to {folder} within --rendezvous_timeout={timeout:g} s: {names}")
+        if now - reported >= _REPORT_EVERY_SECS:
+            reported = now
+            _log.info("waiting for %s in %s (%.0f of %g s)", names, folder, now - started, timeout)
+        time.sleep(_LOOK_EVERY_SECS)
