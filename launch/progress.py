@@ -22,24 +22,32 @@ def last_step(model_dir: Path) -> int:
 
 
 class LostTime:
-    """Measures a fault's cost: from the moment of the fault until training is further than it was then."""
+    """Measures a fault's cost: from the fault until training, started again, is further than it has ever been."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock = say, clock
-        self._since, self._step = 0.0, -1
+        self._since: float | None = None
+        self._furthest, self._restarted = 0, False
         self.seconds: list[float] = []
 
-    def fault(self, step: int) -> None:
-        """A fault has happened when training was at `step`. One that follows before training has recovered belongs to it."""
-        if self._step < 0:
-            self._since, self._step = self._clock(), step
+    def fault(self) -> None:
+        """A fault has happened. One that follows before training has recovered belongs to it."""
+        if self._since is None:
+            self._since, self._restarted = self._clock(), False
+
+    def restart(self) -> None:
+        """The workers are started again."""
+        self._restarted = True
 
     def at(self, step: int) -> None:
         """Training is at `step`."""
-        if self._step >= 0 and step > self._step:
+        if step <= self._furthest:
+            return
+        if self._since is not None and self._restarted:
             self.seconds.append(self._clock() - self._since)
-            self._say(f"recovered: step {step}, {self.seconds[-1]:.1f} s after the fault at step {self._step}")
-            self._step = -1
+            self._say(f"recovered: step {step}, {self.seconds[-1]:.1f} s after the fault at step {self._furthest}")
+            self._since = None
+        self._furthest = step
 
     def summary(self) -> str:
         """One line; empty if nothing has happened."""

@@ -74,6 +74,7 @@ class Supervisor:
             restarts += 1
             # Who comes further each time is no crash loop.
             backoff = _FIRST_BACKOFF_SECS if last_step(self._job.model_dir) > before else min(2 * backoff, _LONGEST_BACKOFF_SECS)
+            self._lost.restart()
             self._say(f"restart {restarts} of at most {self._job.max_restarts} in {backoff:g} s")
             self._sleep(backoff)
             if self._asked:
@@ -89,11 +90,11 @@ class Supervisor:
                 self._inject(workers)
                 self._end_if_all_stopped(workers)
                 time.sleep(_LOOK_EVERY_SECS)
-            self._lost.at(last_step(self._job.model_dir))
             if self._asked:
                 self._pass_on(workers)
             elif any(workers.codes()):
                 self._end(workers)
+            self._lost.at(last_step(self._job.model_dir))
             codes = [code if code is not None else -signal.SIGKILL for code in workers.codes()]
         return _job_code(codes)
 
@@ -114,7 +115,7 @@ class Supervisor:
         if self._faults and step >= self._faults[0].step:
             fault = self._faults.pop(0)
             self._say(f"chaos: {fault}, at step {step}")
-            self._lost.fault(step)
+            self._lost.fault()
             workers.signal(SIGNALS[fault.action], fault.worker)
 
     def _end_if_all_stopped(self, workers: Workers) -> None:
@@ -128,7 +129,7 @@ class Supervisor:
     def _end(self, workers: Workers) -> None:
         """One has failed: the others end by themselves, or are ended."""
         failed = [(index, code) for index, code in enumerate(workers.codes()) if code]
-        self._lost.fault(last_step(self._job.model_dir))
+        self._lost.fault()
         self._say("; ".join(f"worker {index} {_words(code)}" for index, code in failed) + ": ending all")
         if any(code in (EXIT_DEFECT, EXIT_REQUEST) for _, code in failed):
             workers.signal(signal.SIGTERM)

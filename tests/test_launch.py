@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,26 @@ def test_step_is_the_last_whole_lines(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 499
 
 
-def test_lost_time_counts_from_the_first_fault_until_training_is_further() -> None:
+def test_lost_time_counts_from_the_first_fault_until_training_started_again_is_further() -> None:
     now = [0.0]
     said: list[str] = []
     lost = LostTime(said.append, lambda: now[0])
-    for seconds, call in (
-        (10, lambda: lost.fault(50)),
-        (11, lambda: lost.fault(20)),
-        (15, lambda: lost.at(50)),
-        (17, lambda: lost.at(55)),
-    ):
+
+    def at(step: int) -> Callable[[], None]:
+        return lambda: lost.at(step)
+
+    calls = {
+        5: at(45),
+        10: lost.fault,
+        11: at(50),
+        12: lost.fault,
+        14: lost.restart,
+        15: at(40),
+        16: at(50),
+        17: at(55),
+        18: at(60),
+    }
+    for seconds, call in calls.items():
         now[0] = seconds
         call()
     assert lost.seconds == [7]

@@ -65,6 +65,7 @@ def test_twenty_faults_end_in_the_weights_of_the_uninterrupted_run(tmp_path: Pat
     steps = [line["step"] for line in lines_of(tmp_path / "run", "train")]
     assert steps == sorted(set(steps))
     assert processes_that_mention(str(tmp_path)) == []
+    assert "faults survived" in text
     lost = [float(seconds) for seconds in re.findall(r"recovered: step \d+, ([\d.]+) s after", text)]
     print(f"{len(lost)} faults, median {statistics.median(lost):.1f} s lost, most {max(lost):.1f} s")
     assert statistics.median(lost) < 20

@@ -1,0 +1,1 @@
+"""Measurements. They import the trainer; nothing imports them."""

@@ -1,0 +1,96 @@
+"""Workers in network namespaces of their own, each with its address, on a bridge: as near to machines as one machine gets.
+
+Needs root, like the namespaces.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Job, arguments
+
+pytestmark = pytest.mark.e2e
+
+STEP_TIMEOUT = 10
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """Two namespaces with a link each to a third, which holds the bridge; 198.18.0.0/15 is for tests of networks."""
+    hub, *names = (f"df{os.getpid()}{end}" for end in ("hub", "a", "b"))
+    for name in (hub, *names):
+        ip("netns", "add", name)
+    try:
+        ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        ip("-n", hub, "link", "set", "bridge", "up")
+        for index, name in enumerate(names):
+            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{index}", "netns", hub)
+            ip("-n", hub, "link", "set", f"port{index}", "master", "bridge", "up")
+            ip("-n", name, "addr", "add", f"198.18.0.{index + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in (*names, hub):
+            ip("netns", "delete", name)
+
+
+class RemoteJob(Job):
+    """A task in a namespace."""
+
+    def __init__(self, namespace: str, options: dict, log: Path, environment: dict[str, str]) -> None:
+        self.model_dir, self.log = Path(options["model_dir"]), log
+        command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "trainer.task", *arguments(options)]
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **environment}
+            )
+
+
+@pytest.fixture
+def start(machines: list[str], tiny_data: Path, tmp_path: Path) -> Iterator[Callable[..., list[RemoteJob]]]:
+    jobs: list[RemoteJob] = []
+
+    def start_both(**options: object) -> list[RemoteJob]:
+        cluster = {"worker": [f"198.18.0.{index + 1}:2222" for index in range(2)]}
+        given = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", "step_timeout": STEP_TIMEOUT, **options}
+        for index, namespace in enumerate(machines):
+            config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+            jobs.append(RemoteJob(namespace, given, tmp_path / f"{len(jobs)}.log", {"TF_CONFIG": config}))
+        return jobs[-2:]
+
+    yield start_both
+    for job in jobs:
+        job.kill()
+
+
+def test_workers_with_addresses_of_their_own_train_together(start: Callable) -> None:
+    jobs = start()
+    result = jobs[0].finish()
+    assert jobs[1].wait() == 0
+    assert (result["num_workers"], result["test_examples"]) == (2, 203)
+
+
+def test_link_that_goes_down_is_found_within_the_deadline_and_the_job_goes_on_later(start: Callable, machines: list[str]) -> None:
+    jobs = start(epochs=40)
+    jobs[0].wait_for(lambda: jobs[0].step() >= 20, "step 20")
+    ip("-n", machines[1], "link", "set", "eth0", "down")
+    assert [job.wait(STEP_TIMEOUT + 15) for job in jobs] == [75, 75]
+    for index, job in enumerate(jobs):
+        assert f"nothing heard for --step_timeout={STEP_TIMEOUT} s from worker {1 - index}" in job.log.read_text()
+        assert "Traceback" not in job.log.read_text()
+    ip("-n", machines[1], "link", "set", "eth0", "up")
+    again = start(epochs=40)
+    again[0].wait_for(lambda: "going on from step" in again[0].log.read_text(), "the checkpoint")
+    again[0].wait_for(lambda: again[0].step() >= 60, "step 60")
+    again[1].process.send_signal(signal.SIGTERM)
+    assert [job.wait(60) for job in again] == [75, 75]
