@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch.ports import free_ports
+from trainer.ports import free_ports
 
 _STEPS_PER_LOOP = 50
 

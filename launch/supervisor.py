@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch.chaos import SIGNALS, Fault
-from launch.ports import free_ports
 from launch.progress import LostTime, last_step
 from launch.workers import Workers
 from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, EXIT_REQUEST, EXIT_STOPPED
+from trainer.ports import free_ports
 
 _LOOK_EVERY_SECS = 0.05
 # Workers notice a lost peer within ten seconds.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.ports import free_ports
 from trainer import dataset
 from trainer.cluster import set_log_level
+from trainer.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 NAMES = {

@@ -15,10 +15,10 @@ from conftest import ROOT
 
 from launch import chaos
 from launch.chaos import Fault
-from launch.ports import free_ports
 from launch.progress import LostTime, last_step
 from launch.workers import Workers
 from trainer.errors import RequestError
+from trainer.ports import free_ports
 
 # Runs the supervisor on shell commands: argv is model_dir, max_restarts, chaos, workers, command.
 SUPERVISE = """

@@ -91,3 +91,17 @@ def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goe
 def _flag(job, name: str) -> str:
     (value,) = [argument.split("=", 1)[1] for argument in job.process.args if argument.startswith(f"--{name}=")]
     return value
+
+
+def test_token_of_another_worker_is_found_in_the_same_folder_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_SHOWN_WITHIN_SECS", 0.2)
+    with storage.exclusive(tmp_path, needed=True):
+        storage.write_token(tmp_path, "abc")
+        storage.wait_for_token(tmp_path, "abc", "worker 0")
+        with pytest.raises(RequestError, match="is not the folder that worker 0 writes to"):
+            storage.wait_for_token(tmp_path, "xyz", "worker 0")
+        # The lock is still the file that is held.
+        with pytest.raises(RequestError, match="another job is writing there"), storage.exclusive(tmp_path, needed=True):
+            pass

@@ -134,11 +134,11 @@ def _look_at_peers(
     Path(config.model_dir).mkdir(parents=True, exist_ok=True)
     with (
         storage.exclusive(Path(config.model_dir), needed=workers.is_chief),
-        preflight.met(config, data.sha256, workers, layout, stop) as (_, peers, watch),
+        preflight.met(config, data.sha256, workers, layout, stop) as (_, watch),
     ):
         watch.end_together()
-        skew = max(abs(peer.clock_skew) for peer in peers)
-    return f"all {len(peers) + 1} workers have met: same versions, configuration and data, one shared folder", skew
+        skew = max(abs(peer.clock_skew) for peer in watch.peers)
+    return f"all {len(watch.peers) + 1} workers have met: same versions, configuration and data, one shared folder", skew
 
 
 def main(positional: list[str]) -> None:

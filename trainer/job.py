@@ -52,6 +52,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
         RequestError: the request cannot be met.
         Stopped: stopped before the end with the state saved.
         DivergedError: the loss is not finite.
+        InconsistentError: the replicas do not hold the same weights.
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
@@ -66,47 +67,65 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     plan = make_plan(config, len(train_set), layout.num_replicas)
     _log.info("%s", layout.describe())
     _log.info("%s", plan.describe())
-    with preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, _, watch), _peers_can_be_lost(watch):
+    with preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch), _peers_can_be_lost(watch):
         topology = make_topology(config, layout, cluster)
         if topology.is_chief:
             claim.write(model_dir, config, dataset.sha256, restarts, topology)
-        state, plain = _make_state(config, plan, dataset, topology)
-        agreement = Agreement(state, topology.num_replicas, cluster)
-        sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
-        checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief)
-        progress = checkpoints.restore_latest() or Progress()
-        steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
-        agreement.check_steps(np.asarray(steps_restored), config.model_dir)
-        checkpoints.remove_newer(progress.step)
-        if progress.step:
-            _log.info("going on from step %d", progress.step)
-        evaluate = _evaluations(state.inference, topology, sum_over_workers)
-        work = Work(
-            train=steps.make_train_loop(config, state, topology.strategy),
-            iterator=_train_iterator(config, train_set, progress.step, topology),
-            sum_over_workers=sum_over_workers,
-            copy_weights=steps.make_copy_weights(state, topology.strategy),
-            average_statistics=steps.make_average_statistics(state, topology.strategy),
-            validate=evaluate(validation_set) if validation_set else None,
-        )
-        with _writers(config, plan, progress, topology) as writers:
-            Loop(config, plan, state, work, agreement, checkpoints, progress, writers, stop, watch).run()
-            # The only look at the test set, after everything has been chosen.
-            watch.feed("testing", compiles=True)
-            test = evaluate(dataset.test)()
-            validation = work.validate() if work.validate else None
-            result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
-            _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
-            watch.feed("exporting", compiles=True)
-            with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
-                writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
-                               "accuracy": result["test_accuracy"]})  # fmt: skip
-                if topology.is_chief:
-                    _export(plain, state, model_dir)
-                    claim.finish(model_dir, result)
+        examples = (train_set, validation_set, dataset.test)
+        result = _train(config, plan, dataset, examples, topology, cluster, restarts, stop, watch)
+        # Whoever has exited could not be asked again if the chief, say, found the disk full.
         watch.feed("waiting for the others to finish")
-        # Who exited first could not be asked again if the chief, say, found the disk full.
         watch.end_together()
+    return result
+
+
+def _train(
+    config: Config,
+    plan: Plan,
+    dataset: Dataset,
+    examples: tuple[Examples, Examples | None, Examples],
+    topology: Topology,
+    cluster: Cluster,
+    restarts: int,
+    stop: StopRequest,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Restores, trains, evaluates and exports; all workers in the same order."""
+    model_dir, (train_set, validation_set, test_set) = Path(config.model_dir), examples
+    state, plain = make_state(config, plan, dataset, topology)
+    agreement = Agreement(state, topology.num_replicas, cluster)
+    sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
+    checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief)
+    progress = checkpoints.restore_latest() or Progress()
+    steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
+    agreement.check_steps(np.asarray(steps_restored), config.model_dir)
+    checkpoints.remove_newer(progress.step)
+    if progress.step:
+        _log.info("going on from step %d", progress.step)
+    evaluate = _evaluations(state.inference, topology, sum_over_workers)
+    work = Work(
+        train=steps.make_train_loop(config, state, topology.strategy),
+        iterator=train_iterator(config, train_set, progress.step, topology),
+        sum_over_workers=sum_over_workers,
+        copy_weights=steps.make_copy_weights(state, topology.strategy),
+        average_statistics=steps.make_average_statistics(state, topology.strategy),
+        validate=evaluate(validation_set) if validation_set else None,
+    )
+    with _writers(config, plan, progress, topology) as writers:
+        Loop(config, plan, state, work, agreement, checkpoints, progress, writers, stop, watch).run()
+        # The only look at the test set, after everything has been chosen.
+        watch.feed("testing", compiles=True)
+        test = evaluate(test_set)()
+        validation = work.validate() if work.validate else None
+        result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
+        _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
+        watch.feed("exporting", compiles=True)
+        with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
+            writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
+                           "accuracy": result["test_accuracy"]})  # fmt: skip
+            if topology.is_chief:
+                _export(plain, state, model_dir)
+                claim.finish(model_dir, result)
     return result
 
 
@@ -116,12 +135,12 @@ def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        if not watch.has_peers or not (watch.wait_for_trouble(_TROUBLE_SHOWS_WITHIN_SECS) or isinstance(error, PEER_ERRORS)):
+        if not watch.peers or not (watch.wait_for_trouble(_TROUBLE_SHOWS_WITHIN_SECS) or isinstance(error, PEER_ERRORS)):
             raise
         raise Stopped(watch.trouble or f"lost a peer ({error.message.splitlines()[0][:200]})") from error
 
 
-def _make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:
+def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:
     """The variables of the job, and a model outside of the strategy to export."""
     input_shape, num_classes = dataset.train.images.shape[1:], dataset.num_classes
     with topology.strategy.scope():
@@ -144,7 +163,8 @@ def _export(plain: keras.Model, state: steps.State, model_dir: Path) -> None:
     export(plain, model_dir)
 
 
-def _train_iterator(config: Config, examples: Examples, first_step: int, topology: Topology) -> Any:
+def train_iterator(config: Config, examples: Examples, first_step: int, topology: Topology) -> Any:
+    """The global batches from `first_step` on, each worker's share of them."""
     dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed)
     return iter(topology.strategy.distribute_datasets_from_function(dataset_fn))
 

@@ -54,7 +54,7 @@ class Peer:
         self._unread = b""
 
     def read(self, connection: socket.socket) -> bool:
-        """Takes in what has arrived on a readable connection; False if the peer has closed it."""
+        """Takes in what has arrived on a connection, if anything; False if the peer has closed it."""
         try:
             data = connection.recv(2**16)
         except BlockingIOError:

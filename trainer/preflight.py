@@ -7,7 +7,6 @@ from pathlib import Path
 
 from trainer import claim, collectives, ranks, rendezvous, storage
 from trainer.config import Config
-from trainer.peers import Peer
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
 from trainer.topology import Layout
@@ -15,10 +14,8 @@ from trainer.watch import Watch
 
 
 @contextlib.contextmanager
-def met(
-    config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop: StopRequest
-) -> Iterator[tuple[Cluster, list[Peer], Watch]]:
-    """All workers, met and watched over: the cluster with everybody's address, the peers, and the watch.
+def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop: StopRequest) -> Iterator[tuple[Cluster, Watch]]:
+    """All workers, met and watched over: the cluster with everybody's address, and the watch.
 
     Raises:
         RequestError: a peer does other work, or its folder is another one; or this worker's port is taken.
@@ -40,4 +37,4 @@ def met(
     with Watch(peers, config.step_timeout, abort) as watch:
         if not cluster.is_chief:
             storage.wait_for_token(model_dir, peers[0].token, peers[0].name)
-        yield cluster, peers, watch
+        yield cluster, watch

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainer import storage
 from trainer.errors import RequestError, Stopped
+from trainer.ports import free_ports
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
 
@@ -48,9 +49,7 @@ def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: Stop
 
 def own_address() -> str:
     """This machine's address that others reach, with a port that is free now."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    return f"{_own_host()}:{port}"
+    return f"{_own_host()}:{free_ports(1)[0]}"
 
 
 def _own_host() -> str:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import logging
-import select
 import socket
 import threading
 import time
@@ -196,7 +195,7 @@ class _Meeting:
         own = self._hello
         if hello["workers"] != own["workers"]:
             return [f"its list of workers is {_shown(hello['workers'])}, here {_shown(own['workers'])}"]
-        if hello["index"] == own["index"] or hello["index"] != (hello["index"] if expected is None else expected):
+        if hello["index"] not in self._by_index or expected not in (None, hello["index"]):
             return [f"it says that it is worker {hello['index']}; this is worker {own['index']}"]
         ours, theirs = own["digitfleet"], hello["digitfleet"]
         return [
@@ -221,12 +220,8 @@ def _shown(value: Any) -> str:
 
 def _update(peer: Peer) -> None:
     """Reads what a peer says while others are missing; one that has left is to be met anew."""
-    sockets = [one for one in (peer.outgoing, peer.incoming) if one]
-    readable, _, _ = select.select(sockets, [], [], 0)
-    for one in readable:
-        if not peer.read(one):
-            peer.close()
-            return
+    if not all(peer.read(connection) for connection in (peer.outgoing, peer.incoming) if connection):
+        peer.close()
 
 
 def _listen(worker: str) -> socket.socket:

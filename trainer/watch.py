@@ -4,7 +4,7 @@ No hang outlives its deadline: a peer that is gone, a peer that is silent, and w
 words. The thread does not depend on TensorFlow, which waits for a silent peer for ever.
 """
 
-import select
+import selectors
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,9 +38,14 @@ class Watch:
         abort: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._peers, self._step_timeout, self._abort, self._clock = peers, step_timeout, abort, clock
+        self.peers, self._step_timeout, self._abort, self._clock = peers, step_timeout, abort, clock
         self._beat, self._doing, self._fed, self._allowed = 0, "starting", clock(), step_timeout * _FIRST_CALLS_FACTOR
         self._heard_at = {peer: clock() for peer in peers}
+        self._selector = selectors.DefaultSelector()
+        # Only what a peer speaks on: its last words must be read although the other connection has been closed before.
+        for peer in peers:
+            assert peer.incoming is not None
+            self._selector.register(peer.incoming, selectors.EVENT_READ, peer)
         self._over = threading.Event()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -53,15 +58,11 @@ class Watch:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._over.set()
         self._thread.join()
-        for peer in self._peers:
+        self._selector.close()
+        for peer in self.peers:
             if error is not None:
                 peer.say({"bye": self.trouble or " ".join(str(error).split())[:300] or type(error).__name__})
             peer.close()
-
-    @property
-    def has_peers(self) -> bool:
-        """Whether there is anybody to lose."""
-        return bool(self._peers)
 
     def feed(self, doing: str, *, compiles: bool = False) -> None:
         """Says that the job has moved.
@@ -86,10 +87,10 @@ class Watch:
         Raises:
             Stopped: a peer has gone or is silent.
         """
-        for peer in self._peers:
+        for peer in self.peers:
             peer.say({"done": True})
         with self._changed:
-            self._changed.wait_for(lambda: self.trouble or all(peer.done for peer in self._peers))
+            self._changed.wait_for(lambda: self.trouble or all(peer.done for peer in self.peers))
         if self.trouble:
             raise Stopped(self.trouble)
 
@@ -101,46 +102,43 @@ class Watch:
             # A process that was stopped itself must not blame others for it.
             if (gap := now - looked) > 2 * _BEAT_EVERY_SECS:
                 self._fed += gap
-                for peer in self._peers:
+                for peer in self.peers:
                     self._heard_at[peer] += gap
             looked = now
             if now - spoke >= _BEAT_EVERY_SECS:
                 spoke = now
-                for peer in self._peers:
+                for peer in self.peers:
                     peer.say({"beat": self._beat, "doing": self._doing})
             with self._changed:
                 self.trouble = self._find_trouble(now)
                 self._changed.notify_all()
         if self.trouble and not self._over.is_set():
             self._abort(self.trouble)
-            if not self._over.wait(_END_WITHIN_SECS if self._peers else 0):
+            if not self._over.wait(_END_WITHIN_SECS if self.peers else 0):
                 end_now(self.trouble)
 
     def _listen(self) -> None:
-        by_socket = {one: peer for peer in self._peers if not peer.left for one in (peer.outgoing, peer.incoming) if one}
-        if not by_socket:
-            self._over.wait(_LOOK_EVERY_SECS)
-            return
-        readable, _, _ = select.select(list(by_socket), [], [], _LOOK_EVERY_SECS)
-        for one in readable:
-            self._heard_at[by_socket[one]] = self._clock()
-            if not by_socket[one].read(one):
-                by_socket[one].left = True
+        for key, _ in self._selector.select(_LOOK_EVERY_SECS):
+            connection, peer = key.fileobj, key.data
+            self._heard_at[peer] = self._clock()
+            if not peer.read(connection):
+                peer.left = True
+                self._selector.unregister(connection)
 
     def _find_trouble(self, now: float) -> str:
         # Who left without a word has left first; the others may have left because of that.
-        for peer in sorted(self._peers, key=lambda peer: bool(peer.bye)):
+        for peer in sorted(self.peers, key=lambda peer: bool(peer.bye)):
             if peer.left and not peer.done:
                 return f"lost {peer.name}" + (f", which ended: {peer.bye}" if peer.bye else "")
         if not self._step_timeout:
             return ""
         flag = f"--step_timeout={self._step_timeout:g} s"
-        silent = [peer for peer in self._peers if now - self._heard_at[peer] > self._step_timeout and not peer.done]
+        silent = [peer for peer in self.peers if now - self._heard_at[peer] > self._step_timeout and not peer.done]
         if silent:
             return f"nothing heard for {flag} from {', '.join(f'{peer.name}, last {peer.doing}' for peer in silent)}"
         if now - self._fed <= self._allowed:
             return ""
-        behind = [peer for peer in self._peers if peer.beat < self._beat]
+        behind = [peer for peer in self.peers if peer.beat < self._beat]
         if behind:
             waits_for = ", ".join(f"{peer.name}, which is {peer.doing}" for peer in behind)
             return f"nothing has moved for {self._allowed:g} s ({flag}): waiting for {waits_for}"

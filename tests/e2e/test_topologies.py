@@ -32,12 +32,20 @@ def test_losses_of_50_steps_agree_on_every_topology(model: str, start_job, start
     start_job(**EXACT, model=model, model_dir=tmp_path / "one", strategy="one_device").finish()
     for devices in (2, 4):
         start_job(**EXACT, model=model, model_dir=tmp_path / f"m{devices}", strategy="mirrored", num_devices=devices).finish()
-    chief, worker = start_workers(2, **EXACT, model=model, model_dir=tmp_path / "workers", strategy="multi_worker")
-    result = chief.finish()
-    assert worker.wait() == 0, worker.log.read_text()
-    assert (result["num_workers"], result["test_examples"]) == (2, 10_000)
+    for workers, devices in ((2, 1), (4, 1), (2, 2)):
+        jobs = start_workers(
+            workers,
+            **EXACT,
+            model=model,
+            model_dir=tmp_path / f"w{workers}x{devices}",
+            strategy="multi_worker",
+            num_devices=devices,
+        )
+        result = jobs[0].finish()
+        assert [job.wait() for job in jobs] == [0] * workers, jobs[1].log.read_text()
+        assert (result["num_workers"], result["num_replicas"], result["test_examples"]) == (workers, workers * devices, 10_000)
     expected = losses(tmp_path / "one")
-    for name in ("m2", "m4", "workers"):
+    for name in ("m2", "m4", "w2x1", "w4x1", "w2x2"):
         difference = np.max(np.abs(losses(tmp_path / name) / expected - 1))
         print(f"{model} {name}: largest relative difference {difference:.1e}")
         assert difference < 1e-9

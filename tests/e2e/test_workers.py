@@ -117,9 +117,7 @@ def test_stopped_worker_is_named_and_ends_when_it_goes_on(stopped: int, start_wo
     jobs[stopped].process.send_signal(signal.SIGSTOP)
     other = jobs[1 - stopped]
     assert other.wait(60) == 75
-    assert re.search(
-        rf"nothing heard for --step_timeout=6 s from worker {stopped} .*last training from step", other.log.read_text()
-    )
+    assert re.search(rf"nothing heard for --step_timeout=6 s from worker {stopped} .*, last \w+", other.log.read_text())
     jobs[stopped].process.send_signal(signal.SIGCONT)
     assert jobs[stopped].wait(60) == 75
     assert f"lost worker {1 - stopped}" in jobs[stopped].log.read_text()

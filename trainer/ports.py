@@ -1,4 +1,4 @@
-"""Ports for workers of this machine."""
+"""Free ports of this machine, for workers that are told none."""
 
 import random
 import socket
