@@ -1,12 +1,16 @@
 """One worker of `scaling.py`: counts the collectives in the graph of a training step, and times each kind by itself."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import tensorflow as tf
 from absl import flags
+from tensorflow.python.ops import collective_ops
 
 from trainer import cluster, dataset, job
 from trainer import flags as task_flags
@@ -17,26 +21,25 @@ from trainer.topology import Topology, choose_layout, configure_tensorflow, make
 _REPEATS = 200
 
 
-def collectives_of(concrete: Any) -> list[tuple[str, int]]:
-    """Kind and number of elements of each all-reduce that a function runs in one pass of its loop."""
-    definition = concrete.graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    found = []
-    for node in nodes:
-        if node.op.startswith("Collective") and "Reduce" in node.op:
-            shape = node.attr["_output_shapes"].list.shape
-            elements = 1
-            for dimension in shape[0].dim if shape else []:
-                elements *= dimension.size
-            found.append((node.op, elements))
-    return found
+@contextlib.contextmanager
+def recorded() -> Iterator[list[int]]:
+    """Number of elements of each all-reduce that is put into a graph meanwhile; it knows no shapes afterwards."""
+    found: list[int] = []
+    all_reduce = collective_ops.all_reduce_v2
+
+    def record(tensor: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(tensor.shape.num_elements())
+        return all_reduce(tensor, *args, **kwargs)
+
+    with mock.patch.object(collective_ops, "all_reduce_v2", record):
+        yield found
 
 
 def milliseconds(topology: Topology, elements: int) -> float:
     """One all-reduce of so many float32 values, in a loop inside one function, as in training."""
 
     def reduce(values: tf.Tensor) -> tf.Tensor:
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values) / topology.num_replicas
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values / topology.num_replicas)
 
     @tf.function
     def repeat(values: tf.Tensor) -> tf.Tensor:
@@ -65,10 +68,10 @@ def main() -> None:
     state, _ = job.make_state(config, plan, data, topology)
     iterator = job.train_iterator(config, data.train, 0, topology)
     loop: Any = make_train_loop(config, state, topology.strategy)
-    concrete = loop.get_concrete_function(iterator, tf.constant(0, tf.int64), tf.constant(1, tf.int64))
-    found = collectives_of(concrete)
-    times = {elements: milliseconds(topology, elements) for elements in sorted({elements for _, elements in found})}
-    rows = [{"op": op, "elements": elements, "milliseconds": times[elements]} for op, elements in found]
+    with recorded() as found:
+        loop.get_concrete_function(iterator, tf.constant(0, tf.int64), tf.constant(1, tf.int64))
+    times = {elements: milliseconds(topology, elements) for elements in sorted(set(found))}
+    rows = [{"elements": elements, "milliseconds": times[elements]} for elements in found]
     print(json.dumps({"global_batch_size": config.global_batch_size, "collectives": rows}))
 
 

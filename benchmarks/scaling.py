@@ -9,6 +9,7 @@ step, and timed by themselves (`probe.py`) between the same pinned processes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -58,6 +59,10 @@ def images_per_second(num_workers: int, arguments: list[str]) -> float:
         return float(json.loads((Path(folder) / "run" / "result.json").read_text())["images_per_second"])
 
 
+def _elements(row: dict[str, Any]) -> int:
+    return int(row["elements"])
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,12 +82,15 @@ def main() -> None:
     batch = probe["global_batch_size"]
     step_one, step_several = 1e3 * batch / one, 1e3 * batch / several
     collectives_ms = sum(row["milliseconds"] for row in probe["collectives"])
-    print(json.dumps({"images_per_second": speeds, **probe}, indent=2))
+    print(f"images/s: {json.dumps(speeds)}")
     print(f"1 worker:  {one:6.0f} images/s  {step_one:5.1f} ms a step of {batch} (median of {options.repeats})")
     print(f"{options.workers} workers: {several:6.0f} images/s  {step_several:5.1f} ms a step")
     print(f"{several / one:.2f} times one worker: {several / one / options.workers:.0%} of {options.workers} times")
     print(f"over the ideal step of {step_one / options.workers:.1f} ms: {step_several - step_one / options.workers:.1f} ms")
-    print(f"{len(probe['collectives'])} collectives a step, {collectives_ms:.1f} ms when timed alone, one after the other")
+    print(f"{len(probe['collectives'])} collectives a step, {collectives_ms:.1f} ms when timed alone, one after the other:")
+    for elements, rows in itertools.groupby(sorted(probe["collectives"], key=_elements), _elements):
+        times = [row["milliseconds"] for row in rows]
+        print(f"  {len(times)} x {elements} numbers, {times[0]:.2f} ms each")
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ def choose_strategy(config: Config, cluster: Cluster, num_gpus: int) -> tuple[st
     workers, devices = len(cluster.workers), config.num_devices or max(num_gpus, 1)
     if num_gpus and config.num_devices > num_gpus:
         raise RequestError(f"--num_devices={config.num_devices}: this machine has {num_gpus} GPUs")
-    name, reason = config.strategy, "--strategy"
+    found = f"{cluster.source} names {workers} workers"
+    name, reason = config.strategy, f"--strategy, {found}" if workers else "--strategy"
     if name == "auto":
         if workers > 1:
-            name, reason = "multi_worker", f"{cluster.source} names {workers} workers"
+            name, reason = "multi_worker", found
         elif devices > 1:
             name, reason = "mirrored", f"{devices} devices"
         else:
