@@ -13,6 +13,7 @@ from conftest import ROOT, arguments, free_ports
 from trainer import machine
 from trainer.errors import RequestError
 from trainer.machine import Finding
+from trainer.peers import Peer
 
 A100 = {"device_name": "NVIDIA A100", "compute_capability": (8, 0)}
 V100 = {"device_name": "Tesla V100", "compute_capability": (7, 0)}
@@ -135,6 +136,13 @@ def test_small_shared_memory_is_noted_where_nccl_needs_it() -> None:
     assert machine.check_shared_memory(2, 64 * 2**20).status == "note"
     assert machine.check_shared_memory(1, 64 * 2**20).status == "ok"
     assert machine.check_shared_memory(2, 4 * 2**30).status == "ok"
+
+
+@pytest.mark.parametrize(("skew", "status"), [(-0.2, "ok"), (30.0, "note"), (-30.0, "note")])
+def test_clocks_that_differ_are_noted(skew: float, status: str) -> None:
+    peers = [Peer(1, "b:1"), Peer(2, "c:1")]
+    peers[1].clock_skew = skew
+    assert machine.check_clocks(peers).status == status
 
 
 def test_job_makes_the_same_checks() -> None:

@@ -142,6 +142,17 @@ def test_peer_with_another_configuration_is_refused_on_both_sides_with_the_diffe
         theirs.result(20)
 
 
+def test_worker_of_another_job_that_knocks_does_no_harm(meet: Callable) -> None:
+    workers = addresses(2)
+    first = meet(workers, 0)
+    # It takes this job's first worker for its own second one, at an address that this job does not know it by.
+    stray = meet([addresses(1)[0], workers[0].replace("127.0.0.1", "localhost")], 0, timeout=2)
+    with pytest.raises(Stopped):
+        stray.result(20)
+    meet(workers, 1)
+    assert len(first.result(20)) == 1
+
+
 def test_peer_with_another_list_of_workers_is_refused(meet: Callable) -> None:
     workers = addresses(2)
     ours = meet(workers, 0)

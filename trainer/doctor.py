@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,6 @@ from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, JobError
 from trainer.sources import Cluster
 
 T = TypeVar("T")
-# Time axes of workers are laid over each other, and certificates and make go by the clock.
-_MOST_SKEW_SECS = 5.0
 
 
 class Report:
@@ -75,12 +73,9 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
         return
     restarts = report.check("run", lambda: _look_at_run(claim.check, model_dir, config, data, workers))
     if restarts is not None and len(workers.workers) > 1:
-        skew = report.check("peers", lambda: _look_at_peers(config, data, workers, layout, stop))
-        if skew is not None:
-            late = skew > _MOST_SKEW_SECS
-            report.add(
-                "clocks", "note" if late else "ok", f"differ by {skew:.1f} s at most", "synchronise them with NTP" if late else ""
-            )
+        peers = report.check("peers", lambda: _look_at_peers(config, data, workers, layout, stop))
+        if peers is not None:
+            report.add(**dataclasses.asdict(machine.check_clocks(peers)))
 
 
 def _look_at_cluster() -> tuple[str, Cluster]:
@@ -128,7 +123,7 @@ def _look_at_run(
 
 def _look_at_peers(
     config: Config, data: dataset.Dataset, workers: Cluster, layout: Any, stop: signals.StopRequest
-) -> tuple[str, float]:
+) -> tuple[str, Sequence[Any]]:
     from trainer import preflight
 
     Path(config.model_dir).mkdir(parents=True, exist_ok=True)
@@ -137,8 +132,8 @@ def _look_at_peers(
         preflight.met(config, data.sha256, workers, layout, stop) as (_, watch),
     ):
         watch.end_together()
-        skew = max(abs(peer.clock_skew) for peer in watch.peers)
-    return f"all {len(watch.peers) + 1} workers have met: same versions, configuration and data, one shared folder", skew
+    text = f"all {len(watch.peers) + 1} workers have met: same versions, configuration and data, one shared folder"
+    return text, watch.peers
 
 
 def main(positional: list[str]) -> None:

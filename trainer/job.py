@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,15 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
         return result
-    for finding in machine.require(machine.inspect(config, environment.visible_gpus())):
-        _log.info("note: %s", finding)
+    _tell(machine.inspect(config, environment.visible_gpus()))
     layout = choose_layout(config, cluster)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
     plan = make_plan(config, len(train_set), layout.num_replicas)
     _log.info("%s", layout.describe())
     _log.info("%s", plan.describe())
     with preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch), _peers_can_be_lost(watch):
+        if watch.peers:
+            _tell([machine.check_clocks(watch.peers)])
         topology = make_topology(config, layout, cluster)
         if topology.is_chief:
             claim.write(model_dir, config, dataset.sha256, restarts, topology)
@@ -127,6 +128,11 @@ def _train(
                 _export(plain, state, model_dir)
                 claim.finish(model_dir, result)
     return result
+
+
+def _tell(findings: Sequence[machine.Finding]) -> None:
+    for finding in machine.require(findings):
+        _log.info("note: %s", finding)
 
 
 @contextlib.contextmanager

@@ -165,6 +165,8 @@ class Loop:
     def _select_weights(self) -> None:
         """Gives the inference weights their final values: the best ones with early stopping, else the last ones."""
         if self._config.early_stopping_patience and self._progress.best_step >= 0:
+            # All wait here for the chief, who may be writing just now what all are to read.
+            self._work.sum_over_workers(tf.zeros([1], tf.float64))
             self._checkpoints.restore_best(self._progress.best_step)
         elif not self._config.ema_decay:
             self._work.copy_weights()

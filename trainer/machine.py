@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import tensorflow as tf
 from trainer import __version__
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.peers import Peer
 
 # NVIDIA's documentation of NCCL asks for as much ("Sharing data", docker run --shm-size=1g).
 _NCCL_SHM_BYTES = 2**30
 _GIB = 2**30
+_MOST_SKEW_SECS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def inspect(config: Config, visible_gpus: str | None) -> list[Finding]:
     ]
 
 
-def require(findings: list[Finding]) -> Iterator[Finding]:
+def require(findings: Sequence[Finding]) -> Iterator[Finding]:
     """The findings that a user should know of.
 
     Raises:
@@ -145,6 +147,15 @@ def check_shared_memory(num_gpus: int, free_bytes: int | None) -> Finding:
     if num_gpus > 1 and free_bytes < _NCCL_SHM_BYTES:
         return Finding("shared memory", "note", f"{text}, NCCL asks for 1 GiB", "docker run --shm-size=1g, or a memory emptyDir")
     return Finding("shared memory", "ok", text)
+
+
+def check_clocks(peers: Sequence[Peer]) -> Finding:
+    """Whether the workers' clocks agree: time axes of workers are laid over each other, and certificates go by the clock."""
+    skew = max(abs(peer.clock_skew) for peer in peers)
+    text = f"the workers' clocks differ by {skew:.1f} s at most"
+    if skew > _MOST_SKEW_SECS:
+        return Finding("clocks", "note", text, "synchronise them with NTP")
+    return Finding("clocks", "ok", text)
 
 
 def _cpu_flags() -> set[str]:

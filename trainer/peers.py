@@ -18,6 +18,8 @@ class Peer:
 
     def __init__(self, index: int, address: str) -> None:
         self.index, self.address = index, address
+        # Seconds that its clock is ahead of this one.
+        self.clock_skew = 0.0
         self.outgoing: socket.socket | None = None
         self.incoming: socket.socket | None = None
         self.close()
@@ -50,7 +52,6 @@ class Peer:
         self.outgoing = self.incoming = None
         self.told_ready = self.ready = self.done = self.left = False
         self.beat, self.doing, self.bye, self.token = 0, "", "", ""
-        self.clock_skew = 0.0
         self._unread = b""
 
     def read(self, connection: socket.socket) -> bool:

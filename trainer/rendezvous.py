@@ -145,7 +145,9 @@ class _Meeting:
     def _answer(self, connection: socket.socket) -> None:
         """Reads who dials, and says who answers."""
         hello = read_line(connection, _ANSWER_WITHIN_SECS)
-        if _is_hello(hello) and self._say_hello(connection):
+        own_address = self._cluster.workers[self._cluster.index]
+        # Another job's worker has the wrong port; a worker of this job that knows this one by another name hears it when dialled.
+        if _is_hello(hello) and own_address in hello["workers"] and self._say_hello(connection):
             self._keep(connection, hello, f"worker {hello['index']}", "incoming")
         else:
             connection.close()

@@ -80,6 +80,13 @@ def test_float32_accuracy_does_not_depend_on_the_number_of_replicas(start_job, t
     assert abs(one["test_accuracy"] - two["test_accuracy"]) <= 0.001
 
 
+def test_workers_read_the_best_weights_that_the_chief_has_written_in_the_last_epoch(start_workers) -> None:
+    jobs = start_workers(2, early_stopping_patience=5, epochs=3)
+    result = jobs[0].finish()
+    assert [job.wait() for job in jobs] == [0, 0], jobs[1].log.read_text()
+    assert {sha256_of(job) for job in jobs} == {result["weights_sha256"]}
+
+
 def test_sigterm_to_one_worker_saves_all_at_one_step_and_they_go_on(start_workers, tmp_path: Path) -> None:
     options = {"deterministic": True, "epochs": 8}
     whole = start_workers(2, model_dir=tmp_path / "whole", **options)[0].finish()
