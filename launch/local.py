@@ -8,6 +8,7 @@ What follows `--` are flags of trainer.task. Every worker's output is shown with
 
 import os
 import shlex
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -16,10 +17,10 @@ from absl import flags
 
 from launch import chaos, isolation
 from launch.supervisor import Job, Supervisor
-from trainer import cli
+from trainer import cli, storage
 from trainer import flags as task_flags
 from trainer.config import Config
-from trainer.errors import EXIT_STOPPED, RequestError
+from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
 _PROGRAM = "launch.local"
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -76,7 +77,11 @@ def main(task_arguments: list[str]) -> None:
         step_timeout_secs=config.step_timeout,
         faults=faults,
     )
+    is_new = not Path(model_dir).exists()
+    storage.prepare_folder(Path(model_dir))
     code = Supervisor(job, _say, _show).run()
+    if code == EXIT_REQUEST and is_new and not (Path(model_dir) / "config.json").exists():
+        shutil.rmtree(model_dir)  # Nothing but the launcher's own logs, which have been shown.
     if code == EXIT_STOPPED:
         _say(f"go on with: {_command(task_arguments, extra[: 0 if config.model_dir else 1])}")
     sys.exit(code)

@@ -12,6 +12,7 @@ from launch.progress import LostTime, last_step
 from launch.workers import Workers
 from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, EXIT_REQUEST, EXIT_STOPPED
 from trainer.ports import free_ports
+from trainer.signals import ONE_REQUEST_SECS
 
 _LOOK_EVERY_SECS = 0.05
 # Workers notice a lost peer within ten seconds.
@@ -56,12 +57,12 @@ class Supervisor:
         self._faults = list(job.faults)
         self._lost = LostTime(say)
         self._asked: list[signal.Signals] = []
-        self._running = 0.0
+        self._asked_at = self._running = 0.0
 
     def run(self) -> int:
         """Starts the workers, again and again as far as allowed; returns the exit code. Call it in the main thread."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: self._asked.append(signal.Signals(number)))
+            signal.signal(number, lambda number, _: self._ask(signal.Signals(number)))
         backoff, restarts = _FIRST_BACKOFF_SECS, 0
         while True:
             before = last_step(self._job.model_dir)
@@ -82,6 +83,11 @@ class Supervisor:
         if summary := self._lost.summary():
             self._say(summary)
         return code
+
+    def _ask(self, number: signal.Signals) -> None:
+        if not self._asked or time.monotonic() - self._asked_at > ONE_REQUEST_SECS:
+            self._asked.append(number)
+            self._asked_at = time.monotonic()
 
     def _attempt(self) -> int:
         """One start of all workers; returns the exit code of the job."""

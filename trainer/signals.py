@@ -9,11 +9,13 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from trainer.errors import EXIT_STOPPED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_REQUEST_SECS = 1.0
 
 
 class StopRequest:
@@ -37,6 +39,7 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     """Handles SIGTERM and SIGINT from now on. Call it in the main thread.
 
     The first signal asks for a stop; a second one, or the end of the grace period (seconds), ends the process at once with 75.
+    Signals within a second are one: `timeout`, for one, sends its signal to the process and to its group.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -50,7 +53,11 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
         stop.set(name)
         seconds = grace_period()
         say(f"{name}: saving the state, then stopping (at most {seconds:g} s)")
-        if select.select([reader], [], [], seconds)[0]:
+        together = min(ONE_REQUEST_SECS, seconds)
+        time.sleep(together)
+        while select.select([reader], [], [], 0)[0]:
+            os.read(reader, 1)
+        if select.select([reader], [], [], seconds - together)[0]:
             end_now(f"a second signal: stopped without saving after {name}")
         end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
 
