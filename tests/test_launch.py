@@ -42,6 +42,11 @@ def supervise(model_dir: Path, command: str, *, restarts: int = 0, faults: str =
     return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def wait_until_ready(process: subprocess.Popen) -> None:
+    for _ in range(2):
+        assert "ready" in process.stdout.readline()
+
+
 def outcome(process: subprocess.Popen) -> tuple[int, str]:
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
@@ -155,9 +160,7 @@ def test_restarts_have_a_limit(tmp_path: Path) -> None:
 def test_signal_is_passed_on_once_and_the_workers_are_waited_for(tmp_path: Path) -> None:
     command = f"trap 'sleep 1; echo saved; touch {tmp_path}/saved-$index; exit 75' TERM; echo ready; while :; do sleep 0.1; done"
     process = supervise(tmp_path, command, restarts=5)
-    assert process.stdout is not None
-    for _ in range(2):
-        assert "ready" in process.stdout.readline()
+    wait_until_ready(process)
     process.send_signal(signal.SIGTERM)
     code, output = outcome(process)
     assert code == 75
@@ -169,9 +172,7 @@ def test_signal_is_passed_on_once_and_the_workers_are_waited_for(tmp_path: Path)
 
 def test_second_signal_ends_at_once(tmp_path: Path) -> None:
     process = supervise(tmp_path, "trap '' TERM INT; echo ready; while :; do sleep 0.1; done")
-    assert process.stdout is not None
-    for _ in range(2):
-        assert "ready" in process.stdout.readline()
+    wait_until_ready(process)
     process.send_signal(signal.SIGINT)
     assert "SIGINT: passed on" in process.stdout.readline()
     started = time.monotonic()
@@ -186,9 +187,7 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
 def test_signals_within_a_second_are_one_request(tmp_path: Path) -> None:
     """As `timeout` sends them: to the process, and to its group."""
     process = supervise(tmp_path, "trap 'echo asked; exit 75' TERM; echo ready; while :; do sleep 0.1; done")
-    assert process.stdout is not None
-    for _ in range(2):
-        assert "ready" in process.stdout.readline()
+    wait_until_ready(process)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: passed on" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import free_ports
 
-from trainer import rendezvous
+from trainer import rendezvous, waiting
 from trainer.errors import RequestError, Stopped
 from trainer.peers import Peer
 from trainer.signals import StopRequest
@@ -65,10 +65,10 @@ def test_port_is_free_for_tensorflow_once_all_have_met(meet: Callable) -> None:
 
 
 def test_worker_that_comes_late_is_waited_for_and_who_waits_says_for_whom(meet: Callable, caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(rendezvous, "_REPORT_EVERY_SECS", 0.2)
+    monkeypatch.setattr(waiting, "_REPORT_EVERY_SECS", 0.2)
     workers = addresses(3)
     said = threading.Event()
-    monkeypatch.setattr(rendezvous._log, "info", lambda *args: (caplog.messages.append(args[0] % args[1:]), said.set()))
+    monkeypatch.setattr(waiting._log, "info", lambda *args: (caplog.messages.append(args[0] % args[1:]), said.set()))
     early = [meet(workers, index) for index in (0, 2)]
     assert said.wait(10)
     assert not any(meeting.done() for meeting in early)

@@ -5,22 +5,19 @@ the list. Files of an earlier launch do no harm: they carry other tokens.
 """
 
 import dataclasses
-import logging
 import secrets
 import socket
-import time
 from pathlib import Path
 
 from trainer import storage
-from trainer.errors import RequestError, Stopped
+from trainer.errors import RequestError
 from trainer.ports import free_ports
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
+from trainer.waiting import Waiting
 
-_log = logging.getLogger("digitfleet")
 _FOLDER = ".ranks"
 _LOOK_EVERY_SECS = 0.2
-_REPORT_EVERY_SECS = 10.0
 
 
 def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: StopRequest) -> Cluster:
@@ -64,7 +61,7 @@ def _own_host() -> str:
 
 def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop: StopRequest) -> list[str]:
     own, size = secrets.token_hex(8), len(cluster.workers)
-    started = reported = time.monotonic()
+    waiting = Waiting(timeout, stop, str(folder))
     missing: list[int] = []
     if cluster.is_chief:
         storage.write_json(folder / "0.json", {"token": own})
@@ -85,13 +82,4 @@ def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop
             if chief.get("token") and chief["token"] != answered:
                 answered = chief["token"]
                 storage.write_json(folder / f"{cluster.index}.json", {"token": answered, "own": own, "address": address})
-        now = time.monotonic()
-        names = ", ".join(f"rank {rank}" for rank in missing)
-        if stop.name:
-            raise Stopped(f"stopped while waiting for {names}")
-        if now - started >= timeout:
-            raise Stopped(f"did not come to {folder} within --rendezvous_timeout={timeout:g} s: {names}")
-        if now - reported >= _REPORT_EVERY_SECS:
-            reported = now
-            _log.info("waiting for %s in %s (%.0f of %g s)", names, folder, now - started, timeout)
-        time.sleep(_LOOK_EVERY_SECS)
+        waiting.go_on([f"rank {rank}" for rank in missing], _LOOK_EVERY_SECS)

@@ -9,20 +9,19 @@ TensorFlow itself waits for its peers without a deadline and does not say for wh
 import contextlib
 import errno
 import json
-import logging
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from trainer.errors import RequestError, Stopped
+from trainer.errors import RequestError
 from trainer.peers import Peer, read_line, send_line
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
+from trainer.waiting import Waiting
 
-_log = logging.getLogger("digitfleet")
-_REPORT_EVERY_SECS = 10.0
+_LOOK_EVERY_SECS = 0.02
 _DIAL_EVERY_SECS = 0.2
 _ANSWER_WITHIN_SECS = 5.0
 # A worker that is started again may find its port still held by the process before it.
@@ -47,27 +46,15 @@ def meet(cluster: Cluster, identity: Mapping[str, Any], token: str, timeout: flo
         return []
     meeting = _Meeting(cluster, identity, token)
     try:
-        _wait(meeting, timeout, stop)
+        meeting.open()
+        waiting = Waiting(timeout, stop)
+        while missing := meeting.missing():
+            waiting.go_on(missing, _LOOK_EVERY_SECS)
     except BaseException:
         meeting.close(keep_connections=False)
         raise
     meeting.close(keep_connections=True)
     return meeting.peers
-
-
-def _wait(meeting: "_Meeting", timeout: float, stop: StopRequest) -> None:
-    started = reported = time.monotonic()
-    meeting.open()
-    while missing := meeting.missing():
-        now = time.monotonic()
-        if stop.name:
-            raise Stopped(f"stopped while waiting for {', '.join(missing)}")
-        if now - started >= timeout:
-            raise Stopped(f"did not come within --rendezvous_timeout={timeout:g} s: {', '.join(missing)}")
-        if now - reported >= _REPORT_EVERY_SECS:
-            reported = now
-            _log.info("waiting for %s (%.0f of %g s)", ", ".join(missing), now - started, timeout)
-        time.sleep(0.02)
 
 
 class _Meeting:
