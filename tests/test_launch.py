@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -319,3 +320,11 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _share_devices(2, 1) == ([{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}], 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _share_devices(2, 3) == ([{}, {}], 3)
+
+
+def test_ports_do_not_follow_from_the_jobs_seed() -> None:
+    chosen = []
+    for _ in range(2):
+        random.seed(0)
+        chosen.append(free_ports(3))
+    assert chosen[0] != chosen[1]

@@ -14,7 +14,8 @@ def free_ports(count: int) -> list[int]:
     """
     first_ephemeral = int(_RANGE.read_text().split()[0]) if _RANGE.exists() else 32768
     candidates = list(range(10240, max(first_ephemeral, 20480)))
-    random.shuffle(candidates)
+    # Not the seeded generator: workers of one machine and one seed would all choose the same ports.
+    random.SystemRandom().shuffle(candidates)
     ports: list[int] = []
     while len(ports) < count:
         port = candidates.pop()
