@@ -6,7 +6,6 @@
 What follows `--` are flags of trainer.task. Every worker's output is shown with its number and kept in `model_dir`/logs.
 """
 
-import os
 import shlex
 import shutil
 import sys
@@ -17,13 +16,12 @@ from absl import flags
 
 from launch import chaos, isolation
 from launch.supervisor import Job, Supervisor
-from trainer import cli, storage
+from trainer import cli, cluster, storage
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
 _PROGRAM = "launch.local"
-_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def define(flag_values: flags.FlagValues) -> None:
@@ -61,7 +59,8 @@ def main(task_arguments: list[str]) -> None:
     config = _task_config(task_arguments)
     faults = chaos.parse(values.chaos, values.num_workers)
     model_dir = config.model_dir or task_flags.new_model_dir(config)
-    environments, num_devices = _share_devices(values.num_workers, values.devices_per_worker or config.num_devices)
+    devices = values.devices_per_worker or config.num_devices
+    environments, num_devices = _share_devices(values.num_workers, devices, cluster.visible_gpus())
     extra = [] if config.model_dir else [f"--model_dir={model_dir}"]
     extra += [f"--num_devices={num_devices}"] if num_devices else []
     if values.isolate and (reason := isolation.isolate()):
@@ -80,11 +79,17 @@ def main(task_arguments: list[str]) -> None:
     is_new = not Path(model_dir).exists()
     storage.prepare_folder(Path(model_dir))
     code = Supervisor(job, _say, _show).run()
-    if code == EXIT_REQUEST and is_new and not (Path(model_dir) / "config.json").exists():
-        shutil.rmtree(model_dir)  # Nothing but the launcher's own logs, which have been shown.
+    if code == EXIT_REQUEST and is_new:
+        _remove_if_only_logs(Path(model_dir))
     if code == EXIT_STOPPED:
         _say(f"go on with: {_command(task_arguments, extra[: 0 if config.model_dir else 1])}")
     sys.exit(code)
+
+
+def _remove_if_only_logs(model_dir: Path) -> None:
+    """Takes a folder away in which a refused job has left nothing but its output, which has been shown."""
+    if {path.name for path in model_dir.iterdir()} <= {"logs", ".lock"}:
+        shutil.rmtree(model_dir)
 
 
 def _task_config(arguments: list[str]) -> Config:
@@ -100,23 +105,17 @@ def _task_config(arguments: list[str]) -> Config:
     return task_flags.to_config(values, [argument for argument in rest if not argument.startswith("-")])
 
 
-def _share_devices(num_workers: int, num_devices: int) -> tuple[list[dict[str, str]], int]:
+def _share_devices(num_workers: int, num_devices: int, gpus: list[str]) -> tuple[list[dict[str, str]], int]:
     """Each worker's share of the GPUs, as its environment, and the number of devices of each."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [name for name in given.split(",") if name] if given is not None else [str(n) for n in range(_count_gpus())]
     if not gpus:
         return [{} for _ in range(num_workers)], num_devices
     share = num_devices or len(gpus) // num_workers
     if not share or share * num_workers > len(gpus):
         raise RequestError(
             f"--num_workers={num_workers} x {share or 1} GPUs: this machine has {len(gpus)}; start fewer, or set "
-            "CUDA_VISIBLE_DEVICES= to use the CPU"
+            "CUDA_VISIBLE_DEVICES=-1 to use the CPU"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[n * share : (n + 1) * share])} for n in range(num_workers)], share
-
-
-def _count_gpus() -> int:
-    return len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
 
 
 def _command(task_arguments: list[str], extra: list[str]) -> str:

@@ -159,14 +159,21 @@ def start_job(tmp_path: Path, tiny_data: Path):
         job.kill()
 
 
+def tf_configs(addresses: list[str]) -> list[dict[str, str]]:
+    """The environment of each worker."""
+    return [
+        {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})}
+        for index in range(len(addresses))
+    ]
+
+
 @pytest.fixture
 def start_workers(start_job):
     """Starts the workers of one job as processes of this machine."""
 
     def start(num_workers: int, **options: Any) -> list[Job]:
-        workers = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
-        configs = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}} for index in range(num_workers)]
-        return [start_job({"TF_CONFIG": json.dumps(config)}, **options) for config in configs]
+        environments = tf_configs([f"127.0.0.1:{port}" for port in free_ports(num_workers)])
+        return [start_job(environment, **options) for environment in environments]
 
     return start
 

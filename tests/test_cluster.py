@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer.cluster import Cluster, from_environment
+from trainer.cluster import Cluster, from_environment, visible_gpus
 from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
 from trainer.ranks import with_addresses
@@ -237,3 +237,19 @@ def test_contradictions_between_flags_cluster_and_devices_are_refused(
 
     with pytest.raises(RequestError, match=words):
         choose_strategy(from_preset("fast", options), Cluster("TF_CONFIG", tuple(WORKERS[:workers]), 0), num_gpus)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "nodes", "expected"),
+    [(None, ["nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"], ["2", "10"]), (None, [], []),
+     ("1", ["nvidia0", "nvidia1"], ["1"]), ("", ["nvidia0"], []),
+     ("-1", ["nvidia0"], []), ("0,-1,1", ["nvidia0", "nvidia1"], ["0"]), ("0,1", ["nvidia0"], ["0"]),
+     ("GPU-5a, GPU-7c", ["nvidia0", "nvidia1"], ["GPU-5a", "GPU-7c"]), ("0,1", [], [])],
+)  # fmt: skip
+def test_gpus_are_those_whose_device_nodes_there_are(
+    chosen: str | None, nodes: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    for node in nodes:
+        (tmp_path / node).touch()
+    environment = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    assert visible_gpus(environment, tmp_path) == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, arguments, free_ports
+from conftest import ROOT, arguments, free_ports, tf_configs
 
 from trainer import machine
 from trainer.errors import RequestError
@@ -24,10 +24,6 @@ def doctor(environment: dict[str, str] | None = None, **options: Any) -> subproc
     command = [sys.executable, "-m", "trainer.doctor", *arguments(options)]
     environment = {**os.environ, **(environment or {})}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def tf_config(workers: list[str], index: int) -> dict[str, str]:
-    return {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})}
 
 
 def test_healthy_machine_passes_and_nothing_is_left_behind(tiny_data: Path, tmp_path: Path) -> None:
@@ -76,7 +72,7 @@ def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:
     doctors = [
         subprocess.Popen(
             command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            env={**os.environ, **tf_config(workers, index)},
+            env={**os.environ, **tf_configs(workers)[index]},
         )
         for index in range(2)
     ]  # fmt: skip
@@ -91,20 +87,9 @@ def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:
 def test_missing_peer_is_found(tiny_data: Path, tmp_path: Path) -> None:
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     options = {"data_dir": tiny_data, "model_dir": tmp_path / "run", "global_batch_size": 32, "rendezvous_timeout": 1}
-    done = doctor(tf_config(workers, 0), **options)
+    done = doctor(tf_configs(workers)[0], **options)
     assert done.returncode == 2
     assert f"worker 1 ({workers[1]}): does not answer" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("visible", "nodes", "count"),
-    [(None, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"], 2), (None, [], 0), ("1", ["nvidia0", "nvidia1"], 1),
-     ("", ["nvidia0"], 0), ("-1", ["nvidia0"], 0), ("0,1", ["nvidia0"], 1)],
-)  # fmt: skip
-def test_gpus_are_counted_by_their_device_nodes(visible: str | None, nodes: list[str], count: int, tmp_path: Path) -> None:
-    for node in nodes:
-        (tmp_path / node).touch()
-    assert machine.count_gpus(visible, tmp_path) == count
 
 
 def test_gpu_that_tensorflow_cannot_use_is_a_failure_with_its_mend() -> None:

@@ -152,6 +152,37 @@ def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weigh
     assert steps == sorted(set(steps)), "no step is told twice"
 
 
+# One call of tf.function, an epoch of MNIST in batches of 32, that takes far longer than a test needs to send signals.
+LONG_CALL = {
+    "data_dir": "", "validation_fraction": 0, "steps_per_loop": 1875, "checkpoint_every_steps": 1875,
+    "grace_period": 600,
+}  # fmt: skip
+
+
+def test_signals_within_a_second_are_one_request_and_the_state_is_saved(start_job) -> None:
+    """As `timeout` sends them: to the process, and to its group."""
+    job = start_job(**LONG_CALL)
+    job.wait_for(lambda: (job.model_dir / "config.json").exists(), "config.json")
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for(lambda: "saving the state" in job.log.read_text(), "the first signal")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert "stopped at step 1875 of 3750" in job.log.read_text()
+
+
+def test_second_signal_ends_the_job_without_saving(start_job) -> None:
+    job = start_job(**LONG_CALL)
+    job.wait_for(lambda: (job.model_dir / "config.json").exists(), "config.json")
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for(lambda: "saving the state" in job.log.read_text(), "the first signal")
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(1.5)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert "a second signal: stopped without saving" in job.log.read_text()
+    assert not checkpoints_in(job.model_dir)
+
+
 def test_killed_job_loses_at_most_checkpoint_every_steps(start_job) -> None:
     job = start_job(epochs=12)
     job.wait_for(lambda: job.step() >= 45, "step 45")

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from launch import chaos
 from launch.chaos import Fault
+from launch.local import _share_devices
 from launch.progress import LostTime, last_step
 from launch.workers import Workers
 from trainer.errors import RequestError
@@ -29,7 +30,7 @@ from launch import chaos, supervisor
 model_dir, restarts, faults, workers, command = sys.argv[1:]
 supervisor._END_TOGETHER_SECS = 3.0
 job = supervisor.Job(command=["bash", "-c", command], environments=[{}] * int(workers), model_dir=Path(model_dir),
-                     max_restarts=int(restarts), grace_period_secs=5, step_timeout_secs=1,
+                     max_restarts=int(restarts), grace_period_secs=60, step_timeout_secs=1,
                      faults=chaos.parse(faults, int(workers)))
 say = lambda text: print("launcher:", text, flush=True)
 sys.exit(supervisor.Supervisor(job, say, lambda worker, line: print(f"[{worker}] {line}", flush=True)).run())
@@ -187,14 +188,14 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 def test_signals_within_a_second_are_one_request(tmp_path: Path) -> None:
     """As `timeout` sends them: to the process, and to its group."""
-    process = supervise(tmp_path, "trap 'echo asked; exit 75' TERM; echo ready; while :; do sleep 0.1; done")
+    process = supervise(tmp_path, "trap 'sleep 3; echo saved; exit 75' TERM; echo ready; while :; do sleep 0.1; done")
     wait_until_ready(process)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: passed on" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     code, output = outcome(process)
     assert code == 75
-    assert output.count("asked") == 2
+    assert output.count("saved") == 2
 
 
 def test_folder_that_cannot_be_written_is_one_line_and_a_refused_job_leaves_none(tmp_path: Path) -> None:
@@ -306,20 +307,17 @@ def test_wrong_command_lines_are_one_line_and_exit_2(argv: list[str], words: str
     assert line.startswith("launch.local: ")
 
 
-def test_more_gpus_than_there_are_is_refused() -> None:
-    done = launch_local("--num_workers=2", "--devices_per_worker=2", CUDA_VISIBLE_DEVICES="0,1,2")
-    assert done.returncode == 2
-    assert "this machine has 3" in done.stderr
+def test_more_gpus_than_there_are_are_refused() -> None:
+    with pytest.raises(RequestError, match="this machine has 3"):
+        _share_devices(2, 2, ["0", "1", "2"])
+    with pytest.raises(RequestError, match="this machine has 1"):
+        _share_devices(2, 0, ["0"])
 
 
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.local import _share_devices
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert _share_devices(2, 0) == ([{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}], 2)
-    assert _share_devices(2, 1) == ([{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}], 1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert _share_devices(2, 3) == ([{}, {}], 3)
+def test_gpus_are_shared_out() -> None:
+    assert _share_devices(2, 0, ["4", "5", "6", "7"]) == ([{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}], 2)
+    assert _share_devices(2, 1, ["4", "5", "6", "7"]) == ([{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}], 1)
+    assert _share_devices(2, 3, []) == ([{}, {}], 3)
 
 
 def test_ports_do_not_follow_from_the_jobs_seed() -> None:

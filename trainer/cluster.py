@@ -4,10 +4,12 @@
 `sources.py`.
 """
 
+import itertools
 import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from trainer import sources
 from trainer.errors import JobError
@@ -32,9 +34,19 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Cluster:
     return next((found for source in _SOURCES if (found := source(environment))), Cluster())
 
 
-def visible_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The GPUs that the user has chosen for this process; None if nobody has chosen."""
-    return environment.get("CUDA_VISIBLE_DEVICES")
+def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
+    """The NVIDIA GPUs that this process may use, whether TensorFlow finds them or not, as CUDA_VISIBLE_DEVICES names them.
+
+    Device nodes are what a container is given; /proc/driver/nvidia lists the host's.
+    """
+    numbers = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
+    existing = sorted((number for number in numbers if number.isdecimal()), key=int)
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return existing
+    # CUDA stops at the first that there is not; -1 is the usual way to say none.
+    names = itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in chosen.split(",")))
+    return list(names)[: len(existing)]
 
 
 def set_log_level(verbosity: int) -> None:

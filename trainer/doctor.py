@@ -57,11 +57,11 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
     model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
     data = report.check("data", lambda: _look_at_data(config))
     with cli.quiet_start():
-        from trainer import claim, machine
+        from trainer import machine
         from trainer.topology import choose_layout, configure_tensorflow
 
     configure_tensorflow(config)
-    for finding in machine.inspect(config, cluster.visible_gpus()):
+    for finding in machine.inspect(config, len(cluster.visible_gpus())):
         report.add(**dataclasses.asdict(finding))
     if workers is None or data is None:
         return
@@ -71,7 +71,7 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
     plan = report.check("batch", lambda: _look_at_batch(config, data, layout.num_replicas))
     if plan is None or model_dir is None:
         return
-    restarts = report.check("run", lambda: _look_at_run(claim.check, model_dir, config, data, workers))
+    restarts = report.check("run", lambda: _look_at_run(model_dir, config, data, workers))
     if restarts is not None and len(workers.workers) > 1:
         peers = report.check("peers", lambda: _look_at_peers(config, data, workers, layout, stop))
         if peers is not None:
@@ -111,10 +111,10 @@ def _look_at_batch(config: Config, data: dataset.Dataset, num_replicas: int) -> 
     return plan.describe(), plan
 
 
-def _look_at_run(
-    check: Callable[..., int], model_dir: Path, config: Config, data: dataset.Dataset, workers: Cluster
-) -> tuple[str, int]:
-    restarts = check(model_dir, config, data.sha256, is_chief=workers.is_chief)
+def _look_at_run(model_dir: Path, config: Config, data: dataset.Dataset, workers: Cluster) -> tuple[str, int]:
+    from trainer import claim
+
+    restarts = claim.check(model_dir, config, data.sha256, is_chief=workers.is_chief)
     if model_dir.exists():
         with storage.exclusive(model_dir, needed=workers.is_chief):
             pass

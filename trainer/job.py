@@ -60,7 +60,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
         return result
-    _tell(machine.inspect(config, environment.visible_gpus()))
+    _tell(machine.inspect(config, len(environment.visible_gpus())))
     layout = choose_layout(config, cluster)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
     plan = make_plan(config, len(train_set), layout.num_replicas)

@@ -56,7 +56,7 @@ class Loop:
         self._config, self._plan, self._state, self._work = config, plan, state, work
         self._checkpoints, self._progress, self._writers = checkpoints, progress, writers
         self._agreement, self._stop, self._watch = agreement, stop, watch
-        self._warm = False
+        self._warm = self._validated = False
 
     def run(self) -> None:
         """Trains to the end; `progress.finished` is then saved, and the inference weights are the selected ones.
@@ -147,8 +147,9 @@ class Loop:
             return
         if not config.ema_decay:
             self._work.copy_weights()
-        self._watch.feed(f"validating step {progress.step}", compiles=True)
+        self._watch.feed(f"validating step {progress.step}", compiles=not self._validated)
         totals = self._work.validate()
+        self._validated = True
         self._write("validation", totals)
         accuracy, loss = totals[CORRECT] / totals[EXAMPLES], totals[LOSS] / totals[EXAMPLES]
         if (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss):

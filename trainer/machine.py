@@ -42,18 +42,18 @@ class Finding:
         return f"{self.text}: {self.mend}" if self.mend else self.text
 
 
-def inspect(config: Config, visible_gpus: str | None) -> list[Finding]:
+def inspect(config: Config, num_gpus: int) -> list[Finding]:
     """All checks of this machine.
 
     Args:
         config: what the job asks for.
-        visible_gpus: CUDA_VISIBLE_DEVICES; None if it is not set.
+        num_gpus: GPUs that this process may use, whether TensorFlow finds them or not.
     """
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     return [
         check_versions(details),
-        check_devices(len(gpus), count_gpus(visible_gpus)),
+        check_devices(usable=len(gpus), existing=num_gpus),
         check_precision(config.precision, details, _cpu_flags()),
         check_shared_memory(len(gpus), _free_shared_memory()),
     ]
@@ -70,17 +70,6 @@ def require(findings: Sequence[Finding]) -> Iterator[Finding]:
             raise RequestError(str(finding))
         if finding.status == "note":
             yield finding
-
-
-def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs that this process may use, whether TensorFlow finds them or not.
-
-    Device nodes are what a container is given; /proc/driver/nvidia lists the host's.
-    """
-    existing = len([path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
-    if visible is None:
-        return existing
-    return min(existing, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
 
 
 def check_versions(gpus: list[dict[str, Any]]) -> Finding:

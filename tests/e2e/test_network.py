@@ -3,7 +3,6 @@
 Needs root, like the namespaces.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Job, arguments
+from conftest import ROOT, TINY, Job, arguments, tf_configs
 
 pytestmark = pytest.mark.e2e
 
@@ -61,11 +60,10 @@ def start(machines: list[str], tiny_data: Path, tmp_path: Path) -> Iterator[Call
     jobs: list[RemoteJob] = []
 
     def start_both(**options: object) -> list[RemoteJob]:
-        cluster = {"worker": [f"198.18.0.{index + 1}:2222" for index in range(2)]}
+        environments = tf_configs([f"198.18.0.{index + 1}:2222" for index in range(2)])
         given = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", "step_timeout": STEP_TIMEOUT, **options}
-        for index, namespace in enumerate(machines):
-            config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
-            jobs.append(RemoteJob(namespace, given, tmp_path / f"{len(jobs)}.log", {"TF_CONFIG": config}))
+        for namespace, environment in zip(machines, environments, strict=True):
+            jobs.append(RemoteJob(namespace, given, tmp_path / f"{len(jobs)}.log", environment))
         return jobs[-2:]
 
     yield start_both

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, Job, arguments, free_ports, lines_of
+from conftest import ROOT, TINY, Job, arguments, free_ports, lines_of, tf_configs
 
 pytestmark = pytest.mark.e2e
 
@@ -26,13 +26,6 @@ from trainer import cli, flags as task_flags, task
 task_flags.define(flags.FLAGS)
 cli.run("trainer.task", task.main)
 """
-
-
-def tf_configs(addresses: list[str]) -> list[dict[str, str]]:
-    return [
-        {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})}
-        for index in range(len(addresses))
-    ]
 
 
 def codes(jobs: list[Job], seconds: float = 120) -> list[int]:
