@@ -5,6 +5,7 @@ Each image's change depends on the seed and its position only, so it is the same
 
 import math
 
+import numpy as np
 import tensorflow as tf
 
 from trainer.randomness import uniform
@@ -13,7 +14,10 @@ _MAX_SHIFT_PIXELS = 2
 _MAX_ROTATION_RADIANS = math.radians(10)
 _MAX_SCALE = 0.1
 _MAX_SHEAR = 0.1
-_STREAM = 1
+# Elastic: control points along each side, and how far each moves.
+_GRID = 5
+_MAX_DISPLACEMENT_PIXELS = 3.0
+_STREAM, _ELASTIC_STREAM = 1, 3
 
 
 def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf.Tensor:
@@ -22,7 +26,8 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
     Args:
         images: float32 [b, H, W, C]; what comes in from outside is 0.
         positions: int64 [b], as `pipeline.py` counts.
-        kind: "none", "shift" (whole pixels) or "affine" (shift, rotation, scale, shear; bilinear).
+        kind: "none", "shift" (whole pixels), "affine" (shift, rotation, scale, shear; bilinear) or "elastic" (local
+            displacements, then affine).
         seed: the job's seed.
 
     Returns:
@@ -43,7 +48,10 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
     cosine, sine = tf.cos(angle), tf.sin(angle)
     # Rotation x shear x scale, in (x, y).
     matrix = (width * cosine, height * (shear * cosine - sine), width * sine, height * (shear * sine + cosine))
-    return _transform(images, matrix, signed[:, :2] * _MAX_SHIFT_PIXELS, "BILINEAR")
+    shift = signed[:, :2] * _MAX_SHIFT_PIXELS
+    if kind == "elastic":
+        return _deform(images, matrix, shift, _displacements(positions, images.shape[1:3], seed))
+    return _transform(images, matrix, shift, "BILINEAR")
 
 
 def _transform(images: tf.Tensor, matrix: tuple[tf.Tensor, ...], shift: tf.Tensor, interpolation: str) -> tf.Tensor:
@@ -62,3 +70,37 @@ def _transform(images: tf.Tensor, matrix: tuple[tf.Tensor, ...], shift: tf.Tenso
         interpolation=interpolation,
         fill_mode="CONSTANT",
     )
+
+
+def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int) -> tf.Tensor:
+    """Smooth random displacements in (x, y), float32 [b, 2, H, W] in pixels: cubic B-splines over random control points."""
+    controls = 2 * uniform(positions, 2 * _GRID * _GRID, seed, _ELASTIC_STREAM) - 1
+    controls = _MAX_DISPLACEMENT_PIXELS * tf.reshape(controls, [-1, 2, _GRID, _GRID])
+    return tf.einsum("yi,bdij,xj->bdyx", _splines(size[0]), controls, _splines(size[1]))
+
+
+def _splines(size: int) -> tf.Tensor:
+    """Cubic B-splines about `_GRID` points spread over `size` pixels: float32 [size, _GRID]."""
+    distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / (size - 1) - np.arange(_GRID))
+    near, far = 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6
+    return tf.constant(np.where(distance < 1, near, far), tf.float32)
+
+
+def _deform(images: tf.Tensor, matrix: tuple[tf.Tensor, ...], shift: tf.Tensor, displacements: tf.Tensor) -> tf.Tensor:
+    """As `_transform` with "BILINEAR", and each output pixel moved by its displacement; in one interpolation, not two."""
+    height, width, channels = images.shape[1:]
+    center_x, center_y = (width - 1) / 2, (height - 1) / 2
+    grid_x, grid_y = tf.range(width, dtype=tf.float32) - center_x, tf.range(height, dtype=tf.float32)[:, tf.newaxis] - center_y
+    a, b, c, d, shift_x, shift_y = (value[:, tf.newaxis, tf.newaxis] for value in (*matrix, shift[:, 0], shift[:, 1]))
+    # A border of zeros: what comes in from outside is 0, and every neighbour exists.
+    x = tf.clip_by_value(a * grid_x + b * grid_y + center_x + shift_x + displacements[:, 0], -1.0, width * 1.0) + 1
+    y = tf.clip_by_value(c * grid_x + d * grid_y + center_y + shift_y + displacements[:, 1], -1.0, height * 1.0) + 1
+    left, top = tf.minimum(tf.floor(x), width * 1.0), tf.minimum(tf.floor(y), height * 1.0)
+    right, down = (x - left)[..., tf.newaxis], (y - top)[..., tf.newaxis]
+    pixels = tf.reshape(tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]), [-1, channels])
+    stride = width + 2
+    first = tf.range(tf.shape(images)[0])[:, tf.newaxis, tf.newaxis] * ((height + 2) * stride)
+    index = first + tf.cast(top, tf.int32) * stride + tf.cast(left, tf.int32)
+    above = tf.gather(pixels, index) * (1 - right) + tf.gather(pixels, index + 1) * right
+    below = tf.gather(pixels, index + stride) * (1 - right) + tf.gather(pixels, index + stride + 1) * right
+    return above * (1 - down) + below * down

@@ -66,8 +66,8 @@ class Config:
     model: str = option(
         "fast_cnn",
         "bn_cnn: conv-relu-BN-pool twice and a dense layer. cnn: the same without BN, valid padding. "
-        "fast_cnn: bn_cnn in the order conv-pool-BN-relu.",
-        choices=("bn_cnn", "cnn", "fast_cnn"),
+        "fast_cnn: bn_cnn in the order conv-pool-BN-relu. deep_cnn: fast_cnn with five convolutions.",
+        choices=("bn_cnn", "cnn", "fast_cnn", "deep_cnn"),
     )
     data_dir: str = option(
         "",
@@ -145,8 +145,8 @@ class Config:
     augment: str = option(
         "affine",
         "Random changes of the training images. shift: up to 2 pixels each way. affine: also rotation up to "
-        "10 degrees, scale and shear up to 10 %.",
-        choices=("none", "shift", "affine"),
+        "10 degrees, scale and shear up to 10 %. elastic: also smooth local displacements of about a pixel.",
+        choices=("none", "shift", "affine", "elastic"),
     )
     precision: str = option(
         "float32",

@@ -4,15 +4,18 @@ Two models of a job share no variables: one that trains, in the job's precision,
 in float32, which receives the trained (or averaged) weights to be evaluated and exported. Their weights correspond in order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import keras
 
+from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
 from trainer.config import Config
 from trainer.errors import RequestError
-from trainer.layers import FusedBatchNormalization, PositionDropout
+from trainer.layers import PositionDropout
 
-_FILTERS = (32, 64)
+# Filters of each convolution; a stage ends with pooling.
+_STAGES = ((32,), (64,))
+_DEEP_STAGES = ((32,), (64, 64), (128, 128))
 _DENSE_UNITS = 128
 
 
@@ -29,7 +32,7 @@ def training_model(config: Config, input_shape: tuple[int, ...], num_classes: in
         RequestError: the images are too small for the network.
     """
     dropout = PositionDropout(config.dropout_rate, config.seed, config.precision) if config.dropout_rate else None
-    return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, fused=not synchronized)
+    return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, training=True)
 
 
 def inference_model(config: Config, input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
@@ -38,7 +41,7 @@ def inference_model(config: Config, input_shape: tuple[int, ...], num_classes: i
     In float32 whatever the job computes in (float64 stays): what is evaluated is what is exported, and runs anywhere.
     """
     dtype = "float64" if config.precision == "float64" else "float32"
-    return _build(config, input_shape, num_classes, dtype, None, False, fused=False)
+    return _build(config, input_shape, num_classes, dtype, None, False, training=False)
 
 
 def _build(
@@ -48,23 +51,17 @@ def _build(
     dtype: str,
     dropout: PositionDropout | None,
     synchronized: bool,
-    fused: bool,
+    training: bool,
 ) -> keras.Model:
-    # Keras's 0.99 takes hundreds of steps to follow; the short presets have no more than that.
-    momentum = 0.99 if config.model == "bn_cnn" else 0.9
-
-    def normalization() -> keras.layers.Layer:
-        if fused:
-            return FusedBatchNormalization(momentum=momentum, dtype=dtype)
-        return keras.layers.BatchNormalization(momentum=momentum, dtype=dtype, synchronized=synchronized)
-
     images = keras.Input(input_shape, name="images")
     positions = keras.Input((), dtype="int64", name="positions")
     x = keras.layers.Rescaling(1 / 255, dtype=dtype)(images)
     try:
-        for filters in _FILTERS:
-            for layer in _block(config, filters, dtype, normalization):
-                x = layer(x)
+        for stage in _DEEP_STAGES if config.model == "deep_cnn" else _STAGES:
+            for index, filters in enumerate(stage, start=1):
+                last = index == len(stage)
+                for layer in _block(config, filters, dtype, x.shape, pooled=last, synchronized=synchronized, training=training):
+                    x = layer(x)
     except ValueError as error:
         raise RequestError(
             f"images of {input_shape[0]}x{input_shape[1]} pixels are too small for --model={config.model}"
@@ -80,23 +77,38 @@ def _build(
 
 
 def _block(
-    config: Config, filters: int, dtype: str, normalization: Callable[[], keras.layers.Layer]
+    config: Config, filters: int, dtype: str, shape: tuple[int, ...], *, pooled: bool, synchronized: bool, training: bool
 ) -> Iterator[keras.layers.Layer]:
-    """A convolution with what follows it, in the network's order."""
+    """A convolution with what follows it, in the network's order, for inputs [b, H, W, C]."""
     pool_type = keras.layers.AveragePooling2D if config.pooling == "average" else keras.layers.MaxPooling2D
     pool = pool_type(2, dtype=dtype)
     activation = keras.layers.Activation(config.activation, dtype=dtype)
+    # Keras's 0.99 takes hundreds of steps to follow; the short presets have no more than that.
+    momentum = 0.99 if config.model == "bn_cnn" else 0.9
 
     def convolution(padding: str, use_bias: bool = True) -> keras.layers.Layer:
         return keras.layers.Conv2D(filters, 3, padding=padding, use_bias=use_bias, dtype=dtype)
 
-    if config.model == "bn_cnn":
-        yield from (convolution("same"), activation, normalization(), pool)
-    elif config.model == "cnn":
+    def normalization() -> keras.layers.Layer:
+        if training:
+            return FusedBatchNormalization(over_replicas=synchronized, momentum=momentum, dtype=dtype)
+        return keras.layers.BatchNormalization(momentum=momentum, dtype=dtype)
+
+    if config.model == "cnn":
         yield from (convolution("valid"), activation, pool)
+    elif config.model == "bn_cnn":
+        yield convolution("same")
+        even = shape[1] % 2 == 0 and shape[2] % 2 == 0
+        if training and even and config.activation == "relu" and config.pooling != "average":
+            yield NormalizationAndPooling(over_replicas=synchronized, momentum=momentum, dtype=dtype)
+        else:
+            yield from (activation, normalization(), pool)
     else:
         # Pooling first leaves a quarter of the values to normalise and activate; a bias before BN has no effect.
-        yield from (convolution("same", use_bias=False), pool, normalization(), activation)
+        yield convolution("same", use_bias=False)
+        if pooled:
+            yield pool
+        yield from (normalization(), activation)
 
 
 def weights_of(model: keras.Model) -> list[keras.Variable]:

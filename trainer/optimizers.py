@@ -8,8 +8,31 @@ from trainer.config import Config
 _DECAY, _DECAY_STEPS = 0.96, 10_000
 _WARMUP_START = 1 / 25
 _ONE_CYCLE_WARMUP = 0.2
+
+
+class FusedAdam(keras.optimizers.Adam):
+    """`keras.optimizers.Adam` by TensorFlow's own kernel: one pass over each weight and its moments instead of twelve."""
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        """Updates one weight in place; the same formula as Keras's, Kingma and Ba, https://arxiv.org/abs/1412.6980."""
+        dtype, index = variable.dtype, self._get_variable_index(variable)
+        step = tf.cast(self.iterations.value + 1, dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.constant(self.beta_1, dtype) ** step,
+            beta2_power=tf.constant(self.beta_2, dtype) ** step,
+            lr=tf.cast(learning_rate, dtype),
+            beta1=tf.constant(self.beta_1, dtype),
+            beta2=tf.constant(self.beta_2, dtype),
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=tf.cast(gradient, dtype),
+        )
+
+
 _OPTIMIZERS = {
-    "adam": keras.optimizers.Adam,
+    "adam": FusedAdam,
     "sgd": lambda **arguments: keras.optimizers.SGD(momentum=0.9, nesterov=True, **arguments),
     "rmsprop": keras.optimizers.RMSprop,
     "nadam": keras.optimizers.Nadam,

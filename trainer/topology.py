@@ -1,6 +1,7 @@
 """Where the strategy is made: the only module that asks TensorFlow for devices."""
 
 import dataclasses
+import os
 
 import keras
 import tensorflow as tf
@@ -107,6 +108,9 @@ def configure_tensorflow(config: Config) -> None:
         (cpu, *_) = tf.config.list_physical_devices("CPU")
         logical = [tf.config.LogicalDeviceConfiguration() for _ in range(config.num_devices)]
         try:
+            # Logical devices share the threads: each computes with its part of them, and none waits for another's.
+            threads = max(1, len(os.sched_getaffinity(0)) // config.num_devices)
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
             tf.config.set_logical_device_configuration(cpu, logical)
         except RuntimeError as error:
             if len(tf.config.list_logical_devices("CPU")) < config.num_devices:
