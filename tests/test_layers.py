@@ -44,7 +44,7 @@ def test_dropout_drops_its_share_keeps_the_mean_and_knows_only_positions() -> No
     np.testing.assert_array_equal(layer(tf.ones([10, 128]), positions[500:510]), outputs[500:510])
 
 
-@pytest.mark.parametrize("kind", ["shift", "affine"])
+@pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
 def test_augmentation_depends_on_position_alone_and_stays_small(kind: str) -> None:
     images = np.zeros((64, 28, 28, 1), np.float32)
     images[:, 10:18, 10:18] = 255
@@ -55,9 +55,26 @@ def test_augmentation_depends_on_position_alone_and_stays_small(kind: str) -> No
     rows, columns = np.mgrid[:28, :28]
     mass = changed[..., 0].sum((1, 2))
     centers = np.stack([(changed[..., 0] * grid).sum((1, 2)) / mass for grid in (rows, columns)])
-    assert np.abs(centers - 13.5).max() < 2.3
+    assert np.abs(centers - 13.5).max() < (4.5 if kind == "elastic" else 2.3)
     assert np.abs(centers - 13.5).max() > 1.5
-    np.testing.assert_allclose(mass / images[0].sum(), 1, atol=0.0 if kind == "shift" else 0.25)
+    np.testing.assert_allclose(mass / images[0].sum(), 1, atol={"shift": 0.0, "affine": 0.25, "elastic": 0.8}[kind])
+
+
+def test_elastic_augmentation_without_displacements_is_affine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.augment._MAX_DISPLACEMENT_PIXELS", 0.0)
+    images = tf.random.stateless_uniform([16, 28, 20, 3], (0, 0), maxval=255)
+    positions = tf.range(16, dtype=tf.int64)
+    elastic, affine = (augment(images, positions, kind, 0) for kind in ("elastic", "affine"))
+    np.testing.assert_allclose(elastic, affine, atol=0.01)  # of 255
+
+
+def test_deep_network_is_the_fast_one_with_more_convolutions() -> None:
+    config = from_preset("best", {"precision": "float32"})
+    model = inference_model(config, (28, 28, 1), 10)
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert (kinds.count("Conv2D"), kinds.count("BatchNormalization"), kinds.count("MaxPooling2D")) == (5, 5, 3)
+    training = training_model(config, (28, 28, 1), 10, synchronized=False)
+    assert [w.shape for w in weights_of(training)] == [w.shape for w in weights_of(model)]
 
 
 def test_no_augmentation_changes_nothing() -> None:

@@ -25,7 +25,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_rate": 0.2,
         "validation_fraction": 0.0,
     },
-    "best": {"epochs": 60, "ema_decay": 0.999},
+    "best": {
+        "model": "deep_cnn",
+        "epochs": 40,
+        "precision": "mixed_bfloat16",
+        "augment": "elastic",
+        "validation_fraction": 0.0,
+    },
     "article": _ARTICLE,
     "baseline": {
         "model": "cnn",
