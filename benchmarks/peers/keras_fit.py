@@ -1,18 +1,18 @@
 """Keras 3 on TensorFlow: `compile` and `fit` on arrays, as in keras.io/examples/vision/mnist_convnet.
 
-`jit` and `nojit`: XLA, which `compile` chooses by itself, or not. `loop`: 50 steps an execution.
+`plain`: a step an execution. `loop`: 50. `jit`: a step, through XLA.
 """
 
-import keras
+from typing import Any
 
 from benchmarks.peers import session
 
 
-def main() -> None:
-    """Prints JSON."""
-    options = session.parse(__doc__, ("nojit", "jit", "loop"))
+def train(keras: Any) -> None:
+    """Prints JSON; `keras` is the package, Keras 3 or tf_keras."""
+    options = session.parse(__doc__, ("plain", "loop", "jit"))
     if options.precision == "bfloat16":
-        keras.config.set_dtype_policy("mixed_bfloat16")
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
     images, labels = session.examples(options)
     model = keras.Sequential([
         keras.Input((28, 28, 1)),
@@ -34,11 +34,13 @@ def main() -> None:
         jit_compile=options.variant == "jit",
         steps_per_execution=50 if options.variant == "loop" else 1,
     )
-    clock = session.Clock(options, {"keras": keras.__version__})
+    clock = session.Clock(options, {keras.__name__: keras.__version__})
     epoch_end = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: clock.epoch(logs["loss"]))
     model.fit(images, labels, batch_size=options.batch, epochs=options.epochs, verbose=0, callbacks=[epoch_end])
     clock.report()
 
 
 if __name__ == "__main__":
-    main()
+    import keras
+
+    train(keras)
