@@ -1,7 +1,7 @@
 """The article's network trained here and in other frameworks on this machine: writes a table (Markdown) and its figures (JSON).
 
-    python -m benchmarks.run --output results          # about 20 minutes on two cores
-    python -m benchmarks.run --output results --quick  # about 4
+    python -m benchmarks.run --output results
+    python -m benchmarks.run --output results --quick  # one short turn; still takes minutes, most of it compilation
 
 Every measurement is a process of its own, and all take turns `--repeats` times, so that a machine whose speed drifts does not
 decide. Frameworks that are not installed are named as such: pip install '.[bench]'.
