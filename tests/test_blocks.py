@@ -7,6 +7,7 @@ import tensorflow as tf
 from conftest import mirrored
 
 from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
+from trainer.first_block import FirstBlock
 from trainer.optimizers import FusedAdam
 
 GAMMA, BETA = [0.5, 1.0, 2.0, -1.0], [0.0, 0.3, -0.4, 0.1]
@@ -125,3 +126,75 @@ def test_adam_is_kerass(weight_decay: float | None) -> None:
             optimizer.apply([tf.constant(gradient)], [variable])
         results.append(variable.numpy())
     np.testing.assert_allclose(*results, rtol=1e-4)
+
+
+def first_block(dtype: str, over_replicas: bool = False) -> FirstBlock:
+    layer = FirstBlock(4, over_replicas=over_replicas, momentum=0.9, dtype=dtype)
+    layer.build((None, 6, 10, 1))
+    rng = np.random.default_rng(2)
+    values = [rng.normal(size=(3, 3, 1, 4)), [0.1, -0.2, 0.0, 0.3], GAMMA, BETA, np.zeros(4), np.ones(4)]
+    layer.set_weights([np.asarray(value) for value in values])
+    return layer
+
+
+def images_and_upstream(dtype: str) -> tuple[tf.Tensor, np.ndarray]:
+    """Integers, so that windows hold equal values."""
+    rng = np.random.default_rng(3)
+    return tf.constant(rng.integers(-2, 3, (8, 6, 10, 1)), dtype), rng.normal(size=(8, 3, 5, 4))
+
+
+def run_first_block(layers: list[keras.layers.Layer], images: tf.Tensor, upstream: np.ndarray) -> list[np.ndarray]:
+    """Outputs; gradients of images and of all weights; moving mean and variance."""
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        outputs = images
+        for layer in layers:
+            outputs = layer(outputs, training=True)
+        loss = tf.reduce_sum(tf.cast(outputs, tf.float64) * upstream)
+    trainable = [weight.value for layer in layers for weight in layer.trainable_weights]
+    moving = [weight.value for layer in layers for weight in layer.non_trainable_weights]
+    return [np.asarray(tf.cast(value, tf.float64)) for value in [outputs, *tape.gradient(loss, [images, *trainable]), *moving]]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-12), ("mixed_bfloat16", 0.03)])
+def test_first_block_is_kerass_four_layers(dtype: str, tolerance: float) -> None:
+    images, upstream = images_and_upstream("float64" if dtype == "float64" else "float32")
+    layer = first_block(dtype)
+    wide = "float32" if dtype == "mixed_bfloat16" else dtype
+    layers = [
+        keras.layers.Conv2D(4, 3, padding="same", activation="relu", dtype=wide),
+        keras.layers.BatchNormalization(momentum=0.9, dtype=wide),
+        keras.layers.MaxPooling2D(2, dtype=wide),
+    ]
+    weights = layer.get_weights()
+    if dtype == "mixed_bfloat16":  # What the layer rounds is rounded for Keras, too.
+        weights[:2] = [np.asarray(tf.cast(tf.cast(weight, "bfloat16"), "float32")) for weight in weights[:2]]
+    for other, values in ((layers[0], weights[:2]), (layers[1], weights[2:])):
+        other.build((None, 6, 10, 1) if other is layers[0] else (None, 6, 10, 4))
+        other.set_weights(values)
+    assert_close(run_first_block([layer], images, upstream), run_first_block(layers, images, upstream), tolerance)
+
+
+def test_first_block_on_two_replicas_computes_what_one_computes() -> None:
+    images, upstream = images_and_upstream("float64")
+    whole = run_first_block([first_block("float64")], images, upstream)
+    strategy = mirrored(2)
+    with strategy.scope():
+        layer = first_block("float64", over_replicas=True)
+
+    def replica(images: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            outputs = layer(images, training=True)
+            loss = tf.reduce_sum(outputs * upstream)
+        return [outputs, *tape.gradient(loss, [images, *(weight.value for weight in layer.trainable_weights)])]
+
+    def half(context) -> tuple[tf.Tensor, tf.Tensor]:
+        part = slice(4 * context.replica_id_in_sync_group, 4 * context.replica_id_in_sync_group + 4)
+        return images[part], tf.constant(upstream[part])
+
+    batches = strategy.experimental_distribute_values_from_function(half)
+    results = tf.function(lambda batch: strategy.run(replica, args=batch))(batches)
+    outputs, images_gradient, *gradients = [strategy.experimental_local_results(result) for result in results]
+    parts = [np.concatenate(outputs), np.concatenate(images_gradient), *(np.sum(gradient, axis=0) for gradient in gradients)]
+    assert_close([*parts, layer.moving_mean.numpy(), layer.moving_variance.numpy()], whole, 1e-12)

@@ -20,7 +20,8 @@ _WINDOW = 4
 _LANES = 8
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose operations XLA merges into few passes."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
@@ -60,10 +61,10 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             values = tf.nn.relu(inputs) if pooled else inputs
             chosen = _pool(values, gamma) if pooled else values
             mean, variance = self._statistics(values)
-            outputs = _scale(chosen, mean, variance, gamma, beta, self.epsilon)
+            outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-                sums = _sum_gradients(upstream, chosen, mean, variance, self.epsilon)
+                sums = sum_gradients(upstream, chosen, mean, variance, self.epsilon)
                 count = tf.cast(tf.size(values) // tf.size(gamma), gamma.dtype)
                 statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
                 if pooled:
@@ -79,10 +80,14 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     def _statistics(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and biased variance of each channel over all replicas, [C] each."""
         mean, variance = _own_moments(values)
-        if self._num_replicas() > 1:
-            mean, square = tf.unstack(self._mean_over_replicas(tf.stack([mean, variance + mean * mean])))
-            variance = square - mean * mean
-        return mean, variance
+        if self._num_replicas() == 1:
+            return mean, variance
+        return self._over_replicas_moments(mean, variance + mean * mean)
+
+    def _over_replicas_moments(self, mean: tf.Tensor, square: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean and biased variance over all replicas, from this one's mean and mean square."""
+        mean, square = tf.unstack(self._mean_over_replicas(tf.stack([mean, square])))
+        return mean, square - mean * mean
 
     def _mean_over_replicas(self, values: tf.Tensor) -> tf.Tensor:
         replicas = self._num_replicas()
@@ -138,7 +143,8 @@ def _own_moments(values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return _fused(values, ones, ones, 1e-3)[1:]
 
 
-def _wide(values: tf.Tensor) -> tf.Tensor:
+def wide(values: tf.Tensor) -> tf.Tensor:
+    """In float32 at least."""
     return values if values.dtype == tf.float64 else tf.cast(values, tf.float32)
 
 
@@ -151,10 +157,10 @@ def _windows(values: tf.Tensor) -> tf.Tensor:
 def _candidates(values: tf.Tensor) -> list[tf.Tensor]:
     """The values at each of the window's places, [b, h, w, C] each."""
     windows = _windows(values)
-    return [_wide(windows[:, :, row, :, column]) for row in range(2) for column in range(2)]
+    return [wide(windows[:, :, row, :, column]) for row in range(2) for column in range(2)]
 
 
-@_compiled
+@compiled
 def _pool(values: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     """The largest of each window where gamma is positive, else the smallest: [b, h, w, C]."""
     first, second, third, fourth = _candidates(values)
@@ -164,29 +170,30 @@ def _pool(values: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
 
 
 # A function of its own: XLA would otherwise write out what this one and `_pool` share.
-@_compiled
+@compiled
 def _winners(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
     """The place of the first value in each window that is the chosen one, as Keras's pooling has it: int8 [b, h, w, C]."""
-    winners, chosen = tf.constant(_WINDOW - 1, tf.int8), _wide(chosen)
+    winners, chosen = tf.constant(_WINDOW - 1, tf.int8), wide(chosen)
     for place, candidate in reversed(list(enumerate(_candidates(values)[:-1]))):
         winners = tf.where(candidate == chosen, tf.constant(place, tf.int8), winners)
     return winners
 
 
-@_compiled
-def _scale(
+@compiled
+def scale(
     values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
 ) -> tf.Tensor:
-    return tf.cast((_wide(values) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, values.dtype)
+    """Values normalised, [..., C]."""
+    return tf.cast((wide(values) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, values.dtype)
 
 
-@_compiled
-def _sum_gradients(upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, epsilon: float) -> tf.Tensor:
+@compiled
+def sum_gradients(upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, epsilon: float) -> tf.Tensor:
     """The gradients of beta and of gamma over this replica, [2, C]."""
     channels, size = values.shape[-1], values.shape.num_elements()
     count = math.gcd(size // channels, _LANES) if size else 1
     lanes = [
-        (_wide(gradients), _wide(values) - mean)
+        (wide(gradients), wide(values) - mean)
         for gradients, values in zip(
             tf.unstack(tf.reshape(upstream, [count, -1, channels])),
             tf.unstack(tf.reshape(values, [count, -1, channels])),
@@ -197,7 +204,7 @@ def _sum_gradients(upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, vari
     return tf.stack([tf.reduce_sum(sums[0], axis=0), tf.reduce_sum(sums[1], axis=0) * tf.math.rsqrt(variance + epsilon)])
 
 
-def _coefficients(statistics: tuple[tf.Tensor, ...], epsilon: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def coefficients(statistics: tuple[tf.Tensor, ...], epsilon: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`a, b, c` in: gradient of a value = a * upstream + b * value + c.
 
     Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3, with the sums over the batch given as means.
@@ -209,22 +216,22 @@ def _coefficients(statistics: tuple[tf.Tensor, ...], epsilon: float) -> tuple[tf
     return scale, slope, -scale * means[0] - slope * mean
 
 
-@_compiled
+@compiled
 def _spread(upstream: tf.Tensor, values: tf.Tensor, statistics: tuple[tf.Tensor, ...], epsilon: float) -> tf.Tensor:
     """The gradient of the values, [b, H, W, C]."""
-    scale, slope, offset = _coefficients(statistics, epsilon)
-    return tf.cast(scale * _wide(upstream) + slope * _wide(values) + offset, values.dtype)
+    scale, slope, offset = coefficients(statistics, epsilon)
+    return tf.cast(scale * wide(upstream) + slope * wide(values) + offset, values.dtype)
 
 
-@_compiled
+@compiled
 def _spread_pooled(
     upstream: tf.Tensor, values: tf.Tensor, winners: tf.Tensor, statistics: tuple[tf.Tensor, ...], epsilon: float
 ) -> tf.Tensor:
     """As `_spread`, for an upstream gradient [b, h, w, C] that reaches the winner of each window; and through the relu before."""
-    scale, slope, offset = _coefficients(statistics, epsilon)
-    windows = _wide(_windows(values))
+    scale, slope, offset = coefficients(statistics, epsilon)
+    windows = wide(_windows(values))
     places = tf.cast(tf.reshape(tf.range(_WINDOW), [1, 1, 2, 1, 2, 1]), tf.int8)
     chosen = winners[:, :, tf.newaxis, :, tf.newaxis] == places
-    direct = tf.where(chosen, (scale * _wide(upstream))[:, :, tf.newaxis, :, tf.newaxis], 0)
+    direct = tf.where(chosen, (scale * wide(upstream))[:, :, tf.newaxis, :, tf.newaxis], 0)
     gradient = tf.where(windows > 0, direct + slope * windows + offset, 0)
     return tf.cast(tf.reshape(gradient, [-1, *values.shape[1:]]), values.dtype)

@@ -11,6 +11,7 @@ import keras
 from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.first_block import FirstBlock
 from trainer.layers import PositionDropout
 
 # Filters of each convolution; a stage ends with pooling.
@@ -97,12 +98,14 @@ def _block(
     if config.model == "cnn":
         yield from (convolution("valid"), activation, pool)
     elif config.model == "bn_cnn":
-        yield convolution("same")
         even = shape[1] % 2 == 0 and shape[2] % 2 == 0
-        if training and even and config.activation == "relu" and config.pooling != "average":
-            yield NormalizationAndPooling(over_replicas=synchronized, momentum=momentum, dtype=dtype)
+        if not (training and even and config.activation == "relu" and config.pooling != "average"):
+            yield from (convolution("same"), activation, normalization(), pool)
+        elif shape[3] == 1 and not dtype.startswith("mixed"):  # In 16 bits storing is quicker than computing again.
+            yield FirstBlock(filters, over_replicas=synchronized, momentum=momentum, dtype=dtype)
         else:
-            yield from (activation, normalization(), pool)
+            yield convolution("same")
+            yield NormalizationAndPooling(over_replicas=synchronized, momentum=momentum, dtype=dtype)
     else:
         # Pooling first leaves a quarter of the values to normalise and activate; a bias before BN has no effect.
         yield convolution("same", use_bias=False)
