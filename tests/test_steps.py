@@ -110,9 +110,10 @@ def test_16_bit_precision_learns_close_to_float32(precision: str) -> None:
     np.testing.assert_allclose(totals[0, steps.LOSS], exact[0, steps.LOSS], rtol=0.02)
 
 
-def test_xla_computes_what_tensorflow_computes() -> None:
-    plain, _, _ = train(1)
-    compiled, _, _ = train(1, jit_compile=True)
+@pytest.mark.parametrize("model", ["fast_cnn", "bn_cnn"])
+def test_xla_computes_what_tensorflow_computes(model: str) -> None:
+    plain, _, _ = train(1, model=model)
+    compiled, _, _ = train(1, model=model, jit_compile=True)
     np.testing.assert_allclose(compiled, plain, rtol=1e-9)
 
 

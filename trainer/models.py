@@ -101,7 +101,8 @@ def _block(
         even = shape[1] % 2 == 0 and shape[2] % 2 == 0
         if not (training and even and config.activation == "relu" and config.pooling != "average"):
             yield from (convolution("same"), activation, normalization(), pool)
-        elif shape[3] == 1 and not dtype.startswith("mixed"):  # In 16 bits storing is quicker than computing again.
+        # In 16 bits storing is quicker than computing again; XLA as a whole cannot take complex numbers apart.
+        elif shape[3] == 1 and not dtype.startswith("mixed") and not config.jit_compile:
             yield FirstBlock(filters, over_replicas=synchronized, momentum=momentum, dtype=dtype)
         else:
             yield convolution("same")
