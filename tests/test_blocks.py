@@ -74,6 +74,28 @@ def test_the_first_of_equal_values_is_the_winner_as_in_keras() -> None:
     assert_close(ours(NormalizationAndPooling, "float64", inputs, upstream), theirs, 1e-12)
 
 
+def on_two_replicas(layer: keras.layers.Layer, inputs: tf.Tensor, upstream: np.ndarray) -> list[np.ndarray]:
+    """Outputs and inputs' gradients of both replicas, the sums of the weights' gradients; moving mean and variance."""
+    strategy = mirrored(2)
+
+    def replica(inputs: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+            loss = tf.reduce_sum(tf.cast(outputs, tf.float64) * upstream)
+        return [outputs, *tape.gradient(loss, [inputs, *(weight.value for weight in layer.trainable_weights)])]
+
+    def half(context) -> tuple[tf.Tensor, tf.Tensor]:
+        part = slice(4 * context.replica_id_in_sync_group, 4 * context.replica_id_in_sync_group + 4)
+        return inputs[part], tf.constant(upstream[part])
+
+    batches = strategy.experimental_distribute_values_from_function(half)
+    results = tf.function(lambda batch: strategy.run(replica, args=batch))(batches)
+    outputs, inputs_gradient, *gradients = [strategy.experimental_local_results(result) for result in results]
+    parts = [np.concatenate(outputs), np.concatenate(inputs_gradient), *(np.sum(gradient, axis=0) for gradient in gradients)]
+    return [*parts, layer.moving_mean.numpy(), layer.moving_variance.numpy()]
+
+
 @pytest.mark.parametrize("kind", [FusedBatchNormalization, NormalizationAndPooling])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_two_replicas_compute_what_one_computes(kind: type, dtype: str, tolerance: float) -> None:
@@ -85,24 +107,7 @@ def test_two_replicas_compute_what_one_computes(kind: type, dtype: str, toleranc
         layer.build(inputs.shape)
         layer.gamma.assign(GAMMA)
         layer.beta.assign(BETA)
-
-    def replica(inputs: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = layer(inputs, training=True)
-            loss = tf.reduce_sum(tf.cast(outputs, tf.float64) * upstream)
-        return [outputs, *tape.gradient(loss, [inputs, layer.gamma.value, layer.beta.value])]
-
-    def half(context) -> tuple[tf.Tensor, tf.Tensor]:
-        part = slice(4 * context.replica_id_in_sync_group, 4 * context.replica_id_in_sync_group + 4)
-        return inputs[part], tf.constant(upstream[part])
-
-    batches = strategy.experimental_distribute_values_from_function(half)
-    results = tf.function(lambda batch: strategy.run(replica, args=batch))(batches)
-    outputs, inputs_gradient, *gradients = [strategy.experimental_local_results(result) for result in results]
-    parts = [np.concatenate(outputs), np.concatenate(inputs_gradient), *(np.sum(gradient, axis=0) for gradient in gradients)]
-    moving = [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
-    assert_close([*parts, *moving], whole, tolerance)
+    assert_close(on_two_replicas(layer, inputs, upstream), whole, tolerance)
 
 
 def test_pooling_block_refuses_inference() -> None:
@@ -181,20 +186,4 @@ def test_first_block_on_two_replicas_computes_what_one_computes() -> None:
     strategy = mirrored(2)
     with strategy.scope():
         layer = first_block("float64", over_replicas=True)
-
-    def replica(images: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(images)
-            outputs = layer(images, training=True)
-            loss = tf.reduce_sum(outputs * upstream)
-        return [outputs, *tape.gradient(loss, [images, *(weight.value for weight in layer.trainable_weights)])]
-
-    def half(context) -> tuple[tf.Tensor, tf.Tensor]:
-        part = slice(4 * context.replica_id_in_sync_group, 4 * context.replica_id_in_sync_group + 4)
-        return images[part], tf.constant(upstream[part])
-
-    batches = strategy.experimental_distribute_values_from_function(half)
-    results = tf.function(lambda batch: strategy.run(replica, args=batch))(batches)
-    outputs, images_gradient, *gradients = [strategy.experimental_local_results(result) for result in results]
-    parts = [np.concatenate(outputs), np.concatenate(images_gradient), *(np.sum(gradient, axis=0) for gradient in gradients)]
-    assert_close([*parts, layer.moving_mean.numpy(), layer.moving_variance.numpy()], whole, 1e-12)
+    assert_close(on_two_replicas(layer, images, upstream), whole, 1e-12)
