@@ -13,9 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-_WINDOW = 4
+# The places of a 2x2 window, as (row, column).
+PLACES = [(row, column) for row in range(2) for column in range(2)]
+_WINDOW = len(PLACES)
 # Rows are summed in this many lanes first: XLA's CPU backend does not vectorise a sum over leading dimensions.
 _LANES = 8
 
@@ -59,16 +62,16 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         def normalize(inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
             # TensorFlow's relu, not XLA's: it becomes a part of the convolution.
             values = tf.nn.relu(inputs) if pooled else inputs
-            chosen = _pool(values, gamma) if pooled else values
+            chosen = _choose(values, gamma) if pooled else values
             mean, variance = self._statistics(values)
-            outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon)
+            outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon, values.dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
                 sums = sum_gradients(upstream, chosen, mean, variance, self.epsilon)
                 count = tf.cast(tf.size(values) // tf.size(gamma), gamma.dtype)
                 statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
                 if pooled:
-                    values_gradient = _spread_pooled(upstream, values, _winners(values, chosen), statistics, self.epsilon)
+                    values_gradient = spread_pooled(upstream, values, chosen, statistics, self.epsilon)
                 else:
                     values_gradient = _spread(upstream, values, statistics, self.epsilon)
                 return values_gradient, sums[1], sums[0]
@@ -154,37 +157,59 @@ def _windows(values: tf.Tensor) -> tf.Tensor:
     return tf.reshape(values, [-1, height // 2, 2, width // 2, 2, channels])
 
 
-def _candidates(values: tf.Tensor) -> list[tf.Tensor]:
-    """The values at each of the window's places, [b, h, w, C] each."""
+def _bits(dtype: tf.DType) -> tf.DType:
+    """The integers as wide as `dtype`."""
+    return tf.int64 if dtype == tf.float64 else tf.int32
+
+
+def choose(candidates: list[tf.Tensor], gamma: tf.Tensor) -> tf.Tensor:
+    """Of each window the largest value where gamma is positive, else the smallest, and which of the window's places has it.
+
+    One number says both, for one pass over memory: the place stands in the two lowest bits of the value, less than rounding
+    has changed it by. So a comparison of values finds the first of equal ones, as Keras's pooling does.
+
+    Args:
+        candidates: values, not negative, at each place of the windows, [b, h, w, C] each, of 32 bits at least.
+        gamma: [C].
+
+    Returns:
+        [b, h, w, C].
+    """
+    bits, largest, smallest = _bits(candidates[0].dtype), None, None
+    for place, candidate in enumerate(candidates):
+        cleared = tf.bitwise.bitwise_and(tf.bitcast(candidate, bits), tf.constant(-_WINDOW, bits))
+        low = tf.bitcast(tf.bitwise.bitwise_or(cleared, tf.constant(place, bits)), candidate.dtype)
+        high = tf.bitcast(tf.bitwise.bitwise_or(cleared, tf.constant(_WINDOW - 1 - place, bits)), candidate.dtype)
+        largest = high if largest is None else tf.maximum(largest, high)
+        smallest = low if smallest is None else tf.minimum(smallest, low)
+    return tf.where(gamma >= 0, largest, smallest)
+
+
+@compiled
+def _choose(values: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     windows = _windows(values)
-    return [wide(windows[:, :, row, :, column]) for row in range(2) for column in range(2)]
+    return choose([wide(windows[:, :, row, :, column]) for row, column in PLACES], gamma)
 
 
-@compiled
-def _pool(values: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-    """The largest of each window where gamma is positive, else the smallest: [b, h, w, C]."""
-    first, second, third, fourth = _candidates(values)
-    largest = tf.maximum(tf.maximum(first, second), tf.maximum(third, fourth))
-    smallest = tf.minimum(tf.minimum(first, second), tf.minimum(third, fourth))
-    return tf.cast(tf.where(gamma >= 0, largest, smallest), values.dtype)
-
-
-# A function of its own: XLA would otherwise write out what this one and `_pool` share.
-@compiled
-def _winners(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
-    """The place of the first value in each window that is the chosen one, as Keras's pooling has it: int8 [b, h, w, C]."""
-    winners, chosen = tf.constant(_WINDOW - 1, tf.int8), wide(chosen)
-    for place, candidate in reversed(list(enumerate(_candidates(values)[:-1]))):
-        winners = tf.where(candidate == chosen, tf.constant(place, tf.int8), winners)
-    return winners
+def _place(chosen: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+    """What `choose` has hidden, [b, h, w, C]."""
+    bits = _bits(chosen.dtype)
+    place = tf.bitwise.bitwise_and(tf.bitcast(chosen, bits), tf.constant(_WINDOW - 1, bits))
+    return tf.where(gamma >= 0, _WINDOW - 1 - place, place)
 
 
 @compiled
 def scale(
-    values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+    values: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    dtype: tf.DType,
 ) -> tf.Tensor:
     """Values normalised, [..., C]."""
-    return tf.cast((wide(values) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, values.dtype)
+    return tf.cast((wide(values) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, dtype)
 
 
 @compiled
@@ -224,14 +249,16 @@ def _spread(upstream: tf.Tensor, values: tf.Tensor, statistics: tuple[tf.Tensor,
 
 
 @compiled
-def _spread_pooled(
-    upstream: tf.Tensor, values: tf.Tensor, winners: tf.Tensor, statistics: tuple[tf.Tensor, ...], epsilon: float
+def spread_pooled(
+    upstream: tf.Tensor, values: tf.Tensor, chosen: tf.Tensor, statistics: tuple[tf.Tensor, ...], epsilon: float
 ) -> tf.Tensor:
-    """As `_spread`, for an upstream gradient [b, h, w, C] that reaches the winner of each window; and through the relu before."""
-    scale, slope, offset = coefficients(statistics, epsilon)
+    """As `_spread`, for an upstream gradient [b, h, w, C] that reaches the chosen of each window; and through the relu before."""
+    factor, slope, offset = coefficients(statistics, epsilon)
     windows = wide(_windows(values))
-    places = tf.cast(tf.reshape(tf.range(_WINDOW), [1, 1, 2, 1, 2, 1]), tf.int8)
-    chosen = winners[:, :, tf.newaxis, :, tf.newaxis] == places
-    direct = tf.where(chosen, (scale * wide(upstream))[:, :, tf.newaxis, :, tf.newaxis], 0)
+    places = tf.reshape(tf.range(_WINDOW, dtype=_bits(chosen.dtype)), [1, 1, 2, 1, 2, 1])
+    won = _place(chosen, statistics[0])[:, :, tf.newaxis, :, tf.newaxis] == places
+    # None where the chosen one is 0: relu stops the gradient, and processors that flush subnormals to 0 lose the place.
+    passed = tf.where(chosen >= np.finfo(chosen.dtype.as_numpy_dtype).tiny, factor * wide(upstream), 0)
+    direct = tf.where(won, passed[:, :, tf.newaxis, :, tf.newaxis], 0)
     gradient = tf.where(windows > 0, direct + slope * windows + offset, 0)
     return tf.cast(tf.reshape(gradient, [-1, *values.shape[1:]]), values.dtype)

@@ -12,11 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.blocks import NormalizationAndPooling, coefficients, compiled, scale, sum_gradients, wide
+from trainer.blocks import PLACES, NormalizationAndPooling, choose, compiled, scale, spread_pooled, sum_gradients, wide
 
 _KERNEL = 3
-_PLACES = [(row, column) for row in range(2) for column in range(2)]
-_WINDOW = len(_PLACES)
 
 
 class FirstBlock(NormalizationAndPooling):
@@ -49,23 +47,25 @@ class FirstBlock(NormalizationAndPooling):
         def block(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
             chosen = _choose(images, kernel, bias, gamma)
             mean, variance = self._over_replicas_moments(*_moments(images, kernel, bias))
-            outputs = _scale(chosen, mean, variance, gamma, beta, epsilon, dtype)
+            outputs = scale(chosen, mean, variance, gamma, beta, epsilon, dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
-                sums = _sum_gradients(upstream, chosen, mean, variance, epsilon)
-                count = tf.cast(_WINDOW * tf.size(chosen) // tf.size(gamma), gamma.dtype)
+                sums = sum_gradients(upstream, chosen, mean, variance, epsilon)
+                count = tf.cast(len(PLACES) * tf.size(chosen) // tf.size(gamma), gamma.dtype)
                 statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
-                values_gradient = _spread(upstream, chosen, images, kernel, bias, statistics, epsilon)
-                # A second channel of ones: its middle weight's gradient is the bias's, without a pass of its own.
+                values = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(images, kernel, 1, "SAME"), bias))
+                values_gradient = spread_pooled(upstream, values, chosen, statistics, epsilon)
                 weights_gradient = tf.raw_ops.Conv2DBackpropFilter(
-                    input=_with_ones(images),
-                    filter_sizes=[_KERNEL, _KERNEL, 2, self._filters],
+                    input=images,
+                    filter_sizes=tf.shape(kernel),
                     out_backprop=values_gradient,
                     strides=[1, 1, 1, 1],
                     padding="SAME",
                 )
                 images_gradient = tf.nn.conv2d_transpose(values_gradient, kernel, tf.shape(images), 1, "SAME")
-                return images_gradient, weights_gradient[:, :, :1], weights_gradient[1, 1, 1], sums[1], sums[0]
+                # Of another shape, or TensorFlow merges the two into a kernel that takes twice as long as both.
+                bias_gradient = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(values_gradient, [-1, tf.size(bias)]))
+                return images_gradient, weights_gradient, bias_gradient, sums[1], sums[0]
 
             return (outputs, mean, variance), gradient
 
@@ -78,7 +78,7 @@ def _values(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> list[tf.Te
     height, width = images.shape[1:3]
     padded = tf.pad(images[..., 0], [[0, 0], [1, 1], [1, 1]])
     values = []
-    for row, column in _PLACES:
+    for row, column in PLACES:
         total = bias
         for y in range(_KERNEL):
             for x in range(_KERNEL):
@@ -90,20 +90,7 @@ def _values(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> list[tf.Te
 
 @compiled
 def _choose(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-    """Of each window the largest value where gamma is positive, else the smallest, and the first place that has it.
-
-    Complex [b, h, w, C]: value and place.
-    """
-    sign = tf.where(gamma >= 0, tf.ones_like(gamma), -tf.ones_like(gamma))
-    best, place = None, None
-    for index, value in enumerate(_values(images, kernel, bias)):
-        value *= sign
-        if best is None:
-            best, place = value, tf.zeros_like(value)
-        else:
-            place = tf.where(value > best, tf.constant(index, value.dtype), place)
-            best = tf.maximum(value, best)
-    return tf.complex(best * sign, place)
+    return choose(_values(images, kernel, bias), gamma)
 
 
 @compiled
@@ -120,47 +107,3 @@ def _moments(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tuple[tf.
     columns = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(sums, [-1, 2 * bias.shape[0]]))
     mean, square = tf.unstack(tf.reshape(columns, [-1, 2]) / tf.cast(tf.size(images), images.dtype), axis=1)
     return mean, square
-
-
-@compiled
-def _scale(
-    chosen: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, dtype: tf.DType
-) -> tf.Tensor:
-    return tf.cast(scale(tf.math.real(chosen), mean, variance, gamma, beta, epsilon), dtype)
-
-
-@compiled
-def _sum_gradients(upstream: tf.Tensor, chosen: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, epsilon: float) -> tf.Tensor:
-    return sum_gradients(upstream, tf.math.real(chosen), mean, variance, epsilon)
-
-
-@compiled
-def _with_ones(images: tf.Tensor) -> tf.Tensor:
-    """A second channel that is 1 everywhere: [b, H, W, 2]."""
-    return tf.concat([images, tf.ones_like(images)], axis=-1)
-
-
-@compiled
-def _spread(
-    upstream: tf.Tensor,
-    chosen: tf.Tensor,
-    images: tf.Tensor,
-    kernel: tf.Tensor,
-    bias: tf.Tensor,
-    statistics: tuple[tf.Tensor, ...],
-    epsilon: float,
-) -> tf.Tensor:
-    """The gradient of the convolution's outputs, [b, H, W, C], from upstream [b, h, w, C]."""
-    factor, slope, offset = coefficients(statistics, epsilon)
-    height, width = images.shape[1:3]
-    padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
-    total = bias
-    for y in range(_KERNEL):
-        for x in range(_KERNEL):
-            total += padded[:, y : y + height, x : x + width] * kernel[y, x, 0]
-    windows = tf.reshape(tf.nn.relu(total), [-1, height // 2, 2, width // 2, 2, bias.shape[0]])
-    places = tf.reshape(tf.range(_WINDOW, dtype=windows.dtype), [1, 1, 2, 1, 2, 1])
-    won = tf.math.imag(chosen)[:, :, tf.newaxis, :, tf.newaxis] == places
-    direct = tf.where(won, (factor * wide(upstream))[:, :, tf.newaxis, :, tf.newaxis], 0)
-    gradient = tf.where(windows > 0, direct + slope * windows + offset, 0)
-    return tf.reshape(gradient, [-1, height, width, bias.shape[0]])
