@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, machine, pipeline, preflight, steps, storage
+from trainer import claim, exchange, machine, pipeline, preflight, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
@@ -103,6 +103,8 @@ def _train(
     checkpoints.remove_newer(progress.step)
     if progress.step:
         _log.info("going on from step %d", progress.step)
+    watch.feed("timing what the replicas exchange", compiles=True)
+    exchange_secs = exchange.measure(config, state, topology.strategy)
     evaluate = _evaluations(state.inference, topology, sum_over_workers)
     work = Work(
         train=steps.make_train_loop(config, state, topology.strategy),
@@ -110,6 +112,7 @@ def _train(
         sum_over_workers=sum_over_workers,
         copy_weights=steps.make_copy_weights(state, topology.strategy),
         average_statistics=steps.make_average_statistics(state, topology.strategy),
+        advise=exchange.make_adviser(plan, exchange_secs, _log.warning if topology.is_chief else _log.debug),
         validate=evaluate(validation_set) if validation_set else None,
     )
     with _writers(config, plan, progress, topology) as writers:

@@ -34,6 +34,7 @@ class Work:
     sum_over_workers: Callable[[tf.Tensor], tf.Tensor]
     copy_weights: Callable[[], None]
     average_statistics: Callable[[], None]
+    advise: Callable[[float], None]
     validate: Evaluation | None
 
 
@@ -122,6 +123,7 @@ class Loop:
             progress.timed_images += num_steps * self._config.global_batch_size
             progress.timed_seconds += seconds
             speed = num_steps * self._config.global_batch_size / seconds
+            self._work.advise(seconds / num_steps)
         self._warm = True
         self._write("train", steps.sum(axis=0), images_per_second=speed, **self._optimizer_values())
         return bool(asked)
