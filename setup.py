@@ -41,8 +41,15 @@ setup(
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
         # Peers of benchmarks/; PyTorch brings several GB of CUDA libraries with it.
-        "bench": ["tf_keras>=2.21,<2.22", "jax>=0.10,<0.11", "flax>=0.12,<0.13", "optax>=0.2.8,<0.3", "torch>=2.12,<2.16"],
-        "dev": ["mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "setuptools>=77"],
+        "bench": [
+            "tf_keras>=2.21,<2.22",
+            "jax>=0.10,<0.11",
+            "flax>=0.12,<0.13",
+            "optax>=0.2.8,<0.3",
+            "torch>=2.12,<2.16",
+            "matplotlib>=3.10,<4",
+        ],
+        "dev": ["matplotlib>=3.10,<4", "mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "setuptools>=77"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

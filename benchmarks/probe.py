@@ -1,7 +1,8 @@
-"""One worker of `scaling.py`: counts the collectives in the graph of a training step, and times each kind by itself."""
+"""One worker of `scaling.py`: what the collectives of a step are, how long each takes by itself, and how long the step takes."""
 
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -9,34 +10,30 @@ from typing import Any
 from unittest import mock
 
 import tensorflow as tf
-from absl import flags
 from tensorflow.python.ops import collective_ops
 
-from trainer import cluster, dataset, job
-from trainer import flags as task_flags
-from trainer.plan import make_plan
-from trainer.steps import make_train_loop
-from trainer.topology import Topology, choose_layout, configure_tensorflow, make_topology
+from benchmarks.setup import prepare
+from trainer.topology import Topology
 
-_REPEATS = 200
+_REPEATS, _STEPS, _TURNS = 50, 10, 9
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[int]]:
-    """Number of elements of each all-reduce that is put into a graph meanwhile; it knows no shapes afterwards."""
-    found: list[int] = []
+def recorded() -> Iterator[list[tuple[int, tf.DType]]]:
+    """Elements and number format of each all-reduce that is put into a graph meanwhile; it knows no shapes afterwards."""
+    found: list[tuple[int, tf.DType]] = []
     all_reduce = collective_ops.all_reduce_v2
 
     def record(tensor: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.shape.num_elements())
+        found.append((tensor.shape.num_elements(), tensor.dtype))
         return all_reduce(tensor, *args, **kwargs)
 
     with mock.patch.object(collective_ops, "all_reduce_v2", record):
         yield found
 
 
-def milliseconds(topology: Topology, elements: int) -> float:
-    """One all-reduce of so many float32 values, in a loop inside one function, as in training."""
+def milliseconds(topology: Topology, elements: int, dtype: tf.DType) -> float:
+    """One all-reduce of so many values, in a loop inside one function, as in training."""
 
     def reduce(values: tf.Tensor) -> tf.Tensor:
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values / topology.num_replicas)
@@ -47,7 +44,7 @@ def milliseconds(topology: Topology, elements: int) -> float:
             values = topology.strategy.experimental_local_results(topology.strategy.run(reduce, args=(values,)))[0]
         return values
 
-    values = tf.ones([elements])
+    values = tf.ones([elements], dtype)
     repeat(values)
     started = time.perf_counter()
     repeat(values).numpy()
@@ -56,23 +53,24 @@ def milliseconds(topology: Topology, elements: int) -> float:
 
 def main() -> None:
     """Prints JSON."""
-    values = flags.FlagValues()
-    task_flags.define(values)
-    config = task_flags.to_config(values, task_flags.parse(values, sys.argv)[1:])
-    data = dataset.load(config.data_dir, config.num_classes)
-    workers = cluster.from_environment()
-    configure_tensorflow(config)
-    layout = choose_layout(config, workers)
-    plan = make_plan(config, len(data.train), layout.num_replicas)
-    topology = make_topology(config, layout, workers)
-    state, _ = job.make_state(config, plan, data, topology)
-    iterator = job.train_iterator(config, data.train, 0, topology)
-    loop: Any = make_train_loop(config, state, topology.strategy)
+    job = prepare(sys.argv[1:])
     with recorded() as found:
-        loop.get_concrete_function(iterator, tf.constant(0, tf.int64), tf.constant(1, tf.int64))
-    times = {elements: milliseconds(topology, elements) for elements in sorted(set(found))}
-    rows = [{"elements": elements, "milliseconds": times[elements]} for elements in found]
-    print(json.dumps({"global_batch_size": config.global_batch_size, "collectives": rows}))
+        steps = tf.constant(_STEPS, tf.int64)
+        job.train_loop(job.iterator, tf.constant(0, tf.int64), steps)
+    times = []
+    for _ in range(_TURNS):
+        started = time.perf_counter()
+        job.train_loop(job.iterator, tf.constant(0, tf.int64), steps).numpy()
+        times.append((time.perf_counter() - started) / _STEPS * 1e3)
+    alone = {}
+    if job.topology.num_workers > 1:
+        alone = {kind: milliseconds(job.topology, *kind) for kind in sorted(set(found), key=str)}
+    rows = [
+        {"elements": elements, "bytes": elements * dtype.size, "milliseconds": alone[elements, dtype]}
+        for elements, dtype in found
+        if (elements, dtype) in alone
+    ]
+    print(json.dumps({"step_ms": statistics.median(times), "collectives": rows}))
 
 
 if __name__ == "__main__":

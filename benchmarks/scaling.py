@@ -1,97 +1,160 @@
-"""The throughput of N workers of one core each, over one worker of one core, each pinned; and where the difference goes.
+"""Strong and weak scaling over replicas of one process and over workers, with the bytes that a step moves.
 
-    python -m benchmarks.scaling
-    python -m benchmarks.scaling --workers 2 --repeats 3 -- --model bn_cnn --global_batch_size 128 --precision float32
-
-One and N workers take turns, so that a machine whose speed drifts does not decide. The global batch is the same for both: with N
-workers each computes its N-th part, and what is lost to the ideal is spent on collectives. Those are counted in the graph of a
-step, and timed by themselves (`probe.py`) between the same pinned processes.
+Each worker of one core is pinned to it; replicas are logical devices of one process. Where there are fewer cores than replicas,
+these share them, and the ideal is as many times one core's speed as there are cores. Settings take turns, so that a machine
+whose speed drifts does not decide.
 """
 
-import argparse
-import itertools
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.report import ProgramError, Section, as_typed, environment, table
+from benchmarks.throughput import Progress
 from trainer.ports import free_ports
 
-_STEPS_PER_LOOP = 50
+TASK = ("--model=bn_cnn", "--augment=none", "--validation_fraction=0")
+STRONG_BATCH, WEAK_BATCH = 256, 128
+CORES = sorted(os.sched_getaffinity(0))
 
 
-def run_pinned(module: str, num_workers: int, arguments: list[str]) -> list[str]:
-    """Runs a module as workers, each pinned to a core, and returns what each has printed."""
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(num_workers)]}
-    cores = sorted(os.sched_getaffinity(0))
+def run_pinned(
+    arguments: Sequence[str],
+    num_workers: int,
+    *,
+    hosts: Sequence[tuple[str, str]] = (),
+    cores: int = 1,
+    together: bool = True,
+) -> dict[str, Any]:
+    """Runs `python -m benchmarks.probe` as workers, each pinned to cores of its own; what worker 0 has found.
+
+    Args:
+        arguments: flags of `trainer.task`.
+        num_workers: how many.
+        hosts: a network namespace and an address for each; this machine's loopback if there are none.
+        cores: of each worker.
+        together: whether they train one model; otherwise each is alone, at the same time.
+
+    Raises:
+        ProgramError: a worker has failed.
+    """
+    addresses = [address for _, address in hosts] or ["127.0.0.1"] * num_workers
+    workers = [f"{address}:{port}" for address, port in zip(addresses, free_ports(num_workers), strict=True)]
     processes = []
     for index in range(num_workers):
-        config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
-        environment = {**os.environ, "TF_CONFIG": config, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        core = cores[index % len(cores)]
+        cluster, task = (workers, index) if together else (workers[index : index + 1], 0)
+        config = json.dumps({"cluster": {"worker": cluster}, "task": {"type": "worker", "index": task}})
+        pinned = {CORES[(index * cores + offset) % len(CORES)] for offset in range(cores)}
+        inside = ["ip", "netns", "exec", hosts[index][0]] if hosts else []
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                env=environment,
+                [*inside, sys.executable, "-m", "benchmarks.probe", *arguments],
+                env={**environment(), "TF_CONFIG": config},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),  # type: ignore[misc]
+                preexec_fn=lambda pinned=pinned: os.sched_setaffinity(0, pinned),  # type: ignore[misc]
             )
         )
-    outputs = []
-    for process in processes:
-        output, errors = process.communicate()
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            raise SystemExit(f"{module} ended with {process.returncode}:\n{errors[-2000:]}")
-        outputs.append(output)
-    return outputs
+            raise ProgramError(f"benchmarks.probe ended with {process.returncode}:\n{errors[-2000:]}")
+    return dict(json.loads(outputs[0][0].splitlines()[-1]))
 
 
-def images_per_second(num_workers: int, arguments: list[str]) -> float:
-    """The speed that a job reports, its first, compiling call left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_pinned("trainer.task", num_workers, [*arguments, f"--model_dir={folder}/run"])
-        return float(json.loads((Path(folder) / "run" / "result.json").read_text())["images_per_second"])
+@dataclasses.dataclass
+class Point:
+    """One setting, and the milliseconds a step of its runs.
+
+    Attributes:
+        kind: "workers" or "replicas".
+        count: of them.
+        batch: global.
+        precision: of the job.
+    """
+
+    kind: str
+    count: int
+    batch: int
+    precision: str = "float32"
+    step_ms: list[float] = dataclasses.field(default_factory=list)
+    collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Images a second, by the median."""
+        return 1e3 * self.batch / statistics.median(self.step_ms)
+
+    @property
+    def megabytes(self) -> float:
+        """What each worker sends in a step: an all-reduce over n sends 2 (n - 1) / n of its bytes."""
+        return 2 * (self.count - 1) / self.count * sum(row["bytes"] for row in self.collectives) / 1e6
+
+    @property
+    def arguments(self) -> list[str]:
+        """Flags of `trainer.task`."""
+        devices = ["--strategy=mirrored", f"--num_devices={self.count}"] if self.kind == "replicas" else []
+        return [*TASK, f"--precision={self.precision}", f"--global_batch_size={self.batch}", *devices]
+
+    def run(self) -> None:
+        """Runs it once more."""
+        if self.kind == "workers":
+            found = run_pinned(self.arguments, self.count)
+            self.collectives = found["collectives"]
+        else:
+            found = run_pinned(self.arguments, 1, cores=min(self.count, len(CORES)))
+        self.step_ms.append(found["step_ms"])
 
 
-def _elements(row: dict[str, Any]) -> int:
-    return int(row["elements"])
+def points(quick: bool) -> list[Point]:
+    """One worker first, at both batches: the base of everything else."""
+    counts = (2,) if quick else (2, 4)
+    base = [Point("workers", 1, STRONG_BATCH), Point("workers", 1, WEAK_BATCH)]
+    several = [
+        Point(kind, count, batch)
+        for kind in ("workers", "replicas")
+        for count in counts
+        for batch in sorted({STRONG_BATCH, count * WEAK_BATCH})
+    ]
+    sixteen = [Point("workers", count, count * WEAK_BATCH, "mixed_bfloat16") for count in (1, 2)]
+    return base + several + ([] if quick else sixteen)
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("task_flags", nargs="*", help="flags of trainer.task, after --")
-    options = parser.parse_args()
-    task = [f"--max_steps={options.steps}", f"--steps_per_loop={_STEPS_PER_LOOP}", "--checkpoint_every_steps=100000",
-            "--validation_fraction=0", *options.task_flags]  # fmt: skip
-    speeds: dict[int, list[float]] = {1: [], options.workers: []}
-    for _ in range(options.repeats):
-        for num_workers in speeds:
-            speeds[num_workers].append(images_per_second(num_workers, task))
-    (one, several) = (statistics.median(speeds[num]) for num in (1, options.workers))
-    probe: dict[str, Any] = json.loads(run_pinned("benchmarks.probe", options.workers, options.task_flags)[0])
-    batch = probe["global_batch_size"]
-    step_one, step_several = 1e3 * batch / one, 1e3 * batch / several
-    collectives_ms = sum(row["milliseconds"] for row in probe["collectives"])
-    print(f"images/s: {json.dumps(speeds)}")
-    print(f"1 worker:  {one:6.0f} images/s  {step_one:5.1f} ms a step of {batch} (median of {options.repeats})")
-    print(f"{options.workers} workers: {several:6.0f} images/s  {step_several:5.1f} ms a step")
-    print(f"{several / one:.2f} times one worker: {several / one / options.workers:.0%} of {options.workers} times")
-    print(f"over the ideal step of {step_one / options.workers:.1f} ms: {step_several - step_one / options.workers:.1f} ms")
-    print(f"{len(probe['collectives'])} collectives a step, {collectives_ms:.1f} ms when timed alone, one after the other:")
-    for elements, rows in itertools.groupby(sorted(probe["collectives"], key=_elements), _elements):
-        times = [row["milliseconds"] for row in rows]
-        print(f"  {len(times)} x {elements} numbers, {times[0]:.2f} ms each")
+def rows_of(measured: Sequence[Point]) -> list[list[str]]:
+    """The table, strong scaling first."""
+    rows = []
+    for title, base_batch in (("strong", STRONG_BATCH), ("weak", WEAK_BATCH)):
+        for point in measured:
+            same = [one for one in measured if (one.count, one.precision, one.batch) == (1, point.precision, base_batch)]
+            expected = base_batch if title == "strong" else base_batch * point.count
+            if not same or point.batch != expected:
+                continue
+            ideal = same[0].rate * min(point.count, len(CORES))
+            alone = f"{sum(row['milliseconds'] for row in point.collectives):.1f}" if point.collectives else ""
+            sent = f"{point.megabytes:.2f}" if point.collectives else ""
+            rows.append([title, f"{point.count} {point.kind}", point.precision, str(point.batch), f"{point.rate:,.0f}",
+                         f"{statistics.median(point.step_ms):.1f}", f"{point.rate / ideal:.0%}", sent,
+                         str(len(point.collectives) or ""), alone])  # fmt: skip
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def measure(quick: bool, progress: Progress) -> Section:
+    """All settings in turn."""
+    measured = points(quick)
+    repeats = 1 if quick else 2
+    for point in progress(measured * repeats):
+        point.run()
+    headings = ["scaling", "over", "precision", "global batch", "images/s", "ms a step"]
+    headings += [f"share of the ideal ({len(CORES)} cores)", "MB a worker sends a step", "all-reduces a step", "ms, timed alone"]
+    return Section(
+        title="Scaling",
+        text=f"{table(headings, rows_of(measured))}\n\nMedians of {repeats} turns; synchronised batch normalisation.",
+        figures={"points": [dataclasses.asdict(point) for point in measured]},
+        commands=[f"TF_CONFIG=... {as_typed(['benchmarks.probe', *point.arguments])}" for point in measured],
+    )

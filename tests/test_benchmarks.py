@@ -1,5 +1,6 @@
-"""The comparison with peers: what it counts, what it writes, and that a peer that fails or is missing is told."""
+"""The benchmarks: what they count, how they read what programs print, what they write, and what they tell of failures."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import run
+from benchmarks import accuracy, cost_model, report, run, scaling, throughput
+from trainer.console import ConsoleWriter, print_result
 from trainer.models import inference_model
 from trainer.presets import from_preset
 
@@ -23,57 +25,123 @@ def test_operations_are_those_of_the_networks_layers() -> None:
             multiplications = positions * layer.kernel.shape.num_elements()
             first = first or multiplications
             forward += multiplications
-    assert run._operations_per_image() == 2 * (3 * forward - first)
+    assert throughput.operations_per_image() == 2 * (3 * forward - first)
 
 
 def test_table_names_the_best_peer_and_what_is_missing() -> None:
     plan = [
-        run.Measurement("digitfleet", "float32", ["ours"], rates=[110, 130, 120]),
-        run.Measurement("slow", "float32", ["a"], rates=[50]),
-        run.Measurement("quick", "float32", ["b"], rates=[100]),
-        run.Measurement("absent", "float32", ["c"], error="not installed"),
+        throughput.Measurement("digitfleet", "float32", ["ours"], rates=[110, 130, 120]),
+        throughput.Measurement("slow", "float32", ["a"], rates=[50]),
+        throughput.Measurement("quick", "float32", ["b"], rates=[100]),
+        throughput.Measurement("absent", "float32", ["c"], error="not installed"),
     ]
-    lines = run._table(plan, {"float32": 100 * run._operations_per_image() * 2, "bfloat16": 1.0}).splitlines()
-    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| program")]
-    assert rows[0] == "| digitfleet | 120 (110 to 130) | 1.20 | 60% |"
-    assert [row.split("|")[1].strip() for row in rows] == ["digitfleet", "quick", "slow", "absent"]
-    assert "not installed" in rows[3]
+    lines = throughput._table(plan, "float32", 100 * throughput.operations_per_image() * 2).splitlines()[2:]
+    assert lines[0] == "| digitfleet | 120 (110 to 130) | 1.20 | 60% | 0 |"
+    assert [line.split("|")[1].strip() for line in lines] == ["digitfleet", "quick", "slow", "absent"]
+    assert "not installed" in lines[3]
 
 
-def test_a_program_that_fails_is_told_in_its_last_line() -> None:
-    measurement = run.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])
-    run._measure(measurement)
+def test_a_program_that_fails_is_told_in_its_last_line_and_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measurement = throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])
+    measurement.run()
     assert "invalid choice" in measurement.error
     assert not measurement.rates
+    monkeypatch.setattr(throughput, "run_json", lambda _: pytest.fail("it ran again"))
+    measurement.run()
 
 
+@pytest.mark.parametrize("program", ["keras_fit", "digitfleet"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_keras_peer_really_trains(precision: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.peers.keras_fit",
-        f"--precision={precision}",
-        "--steps=8",
-        "--epochs=3",
-        "--batch=64",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_programs_really_train(program: str, precision: str) -> None:
+    command = [f"benchmarks.peers.{program}", f"--precision={precision}", "--steps=8", "--epochs=3", "--batch=64"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report["images_per_second"]) == 2
-    assert report["losses"][-1] < report["losses"][0]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert min(found["images_per_second"]) > 0
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["peak_rss_mib"] > 100
 
 
-def test_quick_table_of_the_repository_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(measurement: run.Measurement) -> None:
-        measurement.rates.append(100.0)
+def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture) -> None:
+    writer = ConsoleWriter(469, 0)
+    writer.write({"step": 469, "epoch": 2.0, "split": "test", "loss": 0.03, "accuracy": 0.9912})
+    print_result({"test_accuracy": 0.9912, "test_examples": 10_000, "validation_accuracy": None, "steps": 469, "epochs": 2,
+                  "train_seconds": 12.3, "images_per_second": 9876.5, "num_replicas": 1, "strategy": "x"}, "run")  # fmt: skip
+    lines = [(0.5, line) for line in capsys.readouterr().out.splitlines()]
+    ((_, test),) = accuracy._find(accuracy._OURS, lines)
+    ((_, trained),) = accuracy._find(accuracy._TRAINED, lines)
+    assert (float(test[1]), float(trained[1])) == (99.12, 12.3)
 
-    done = subprocess.CompletedProcess([], 0, stdout='{"operations_per_second": 1e11}')
-    monkeypatch.setattr(run, "_measure", measure)
-    monkeypatch.setattr(run, "_run", lambda _: done)
+
+@pytest.mark.e2e
+def test_recipe_is_timed_to_its_target_without_the_looks_at_the_test_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of all of MNIST in Keras."""
+    monkeypatch.setattr(accuracy, "TARGET", 0.5)
+    found = accuracy.run_recipe(0)
+    assert found.accuracy >= 0.5
+    assert 1 < found.first < found.seconds
+
+
+def test_cost_model_finds_what_the_times_were_made_of() -> None:
+    truth = cost_model.Model(fixed=2.0, per_image=0.3, latency=0.6, handling=1e-6, overhead=1.1)
+    compute = [(batch, truth.compute(batch)) for batch in (32, 64, 128)]
+    exchanges = [(mbits, size, truth.exchange([size], 2, mbits)) for mbits in (100, 1000) for size in (256, 1_000_000, 1_700_000)]
+    found = cost_model.fit(compute, exchanges)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(truth), rel=1e-6)
+    assert found.step(128, [256, 1_700_000], 2, 300) == pytest.approx(truth.step(128, [256, 1_700_000], 2, 300), rel=1e-6)
+    # Ideal: both all-reduces' latency, and 2 (n - 1) / n of the bytes.
+    assert truth.exchange([1000, 1000], 4, 1000) == pytest.approx(2 * (0.6 + 1500 * (1e-6 + 1.1 * 8e-6)))
+
+
+def test_larger_batches_pay_on_more_gpus() -> None:
+    gpus, sizes = cost_model.Gpus(), [256, 1_700_000]
+    for count in (8, 1024):
+        batch = gpus.batch_for(0.9, count, sizes)
+        assert gpus.efficiency(count, batch, sizes) >= 0.9 > gpus.efficiency(count, batch // 2, sizes)
+    assert gpus.efficiency(8, 256, sizes) > gpus.efficiency(1024, 256, sizes)
+    assert cost_model.chart(gpus, sizes).startswith(b"\x89PNG")
+
+
+def test_scaling_is_told_against_as_many_cores_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "CORES", [0, 1])
+    rows = [{"bytes": 1_000_000, "milliseconds": 2.0}, {"bytes": 500_000, "milliseconds": 0.5}]
+    measured = [
+        scaling.Point("workers", 1, 256, step_ms=[80.0]),
+        scaling.Point("workers", 1, 128, step_ms=[40.0]),
+        scaling.Point("workers", 2, 256, step_ms=[50.0, 49.0, 60.0], collectives=rows),
+        scaling.Point("workers", 4, 512, step_ms=[100.0], collectives=rows),
+    ]
+    found = [(row[0], row[1], row[6], row[7], row[9]) for row in scaling.rows_of(measured)]
+    assert found == [
+        ("strong", "1 workers", "100%", "", ""),
+        ("strong", "2 workers", "80%", "1.50", "2.5"),
+        ("weak", "1 workers", "100%", "", ""),
+        ("weak", "2 workers", "80%", "1.50", "2.5"),
+        ("weak", "4 workers", "80%", "2.25", "2.5"),
+    ]
+
+
+def test_report_is_written_after_each_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def section(name: str) -> report.Section:
+        return report.Section(title=name, text="| a |", figures={"x": 1}, commands=["python -m this"], charts={"c.png": b"png"})
+
+    def fail(quick: bool, progress: throughput.Progress) -> report.Section:
+        raise report.ProgramError("no")
+
+    monkeypatch.setattr(run, "SECTIONS", {"good": lambda quick, progress: section("Good"), "bad": fail})
     monkeypatch.setattr(sys, "argv", ["run", "--quick", f"--output={tmp_path}/new"])
-    run.main()
-    figures = json.loads((tmp_path / "new" / "throughput.json").read_text())
-    assert {row["precision"] for row in figures["rows"]} == {"float32", "bfloat16"}
-    assert "python -m trainer.task --model=bn_cnn" in (tmp_path / "new" / "throughput.md").read_text()
+    with pytest.raises(report.ProgramError):
+        run.main()
+    text = (tmp_path / "new" / "report.md").read_text()
+    assert "tensorflow" in text.splitlines()[0]
+    assert "## Good\n\n| a |" in text
+    assert "    python -m this" in text
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["good"] == {"x": 1, "commands": ["python -m this"]}
+    assert (tmp_path / "new" / "c.png").read_bytes() == b"png"
+
+
+def test_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "--only=speed"])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert "--only=speed: expected some of throughput" in capsys.readouterr().err

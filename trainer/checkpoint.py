@@ -51,8 +51,9 @@ class Checkpoints:
         self._is_chief = is_chief
         self._everything = tf.train.Checkpoint(model=state.model, optimizer=state.optimizer, inference=state.inference)
         self._best = tf.train.Checkpoint(inference=state.inference)
-        # Reads from any device; writing needs no device.
-        self._options = tf.train.CheckpointOptions(experimental_io_device="/job:localhost")
+        self._write_everything, self._write_best = (
+            _make_write(checkpoint, state) for checkpoint in (self._everything, self._best)
+        )
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, or None."""
@@ -70,7 +71,7 @@ class Checkpoints:
             return
 
         def fill(folder: Path) -> None:
-            self._everything.write(str(folder / "state"))
+            self._write_everything(str(folder / "state"))
             (folder / "loop.json").write_text(json.dumps(dataclasses.asdict(progress)))
 
         self._write(self._path("step", progress.step), fill)
@@ -79,7 +80,7 @@ class Checkpoints:
     def save_best(self, step: int) -> None:
         """Saves the inference weights as the best so far."""
         if self._is_chief:
-            self._write(self._path("best", step), lambda folder: self._best.write(str(folder / "state")))
+            self._write(self._path("best", step), lambda folder: self._write_best(str(folder / "state")))
 
     def restore_best(self, step: int) -> None:
         """Gives the inference weights the values they had at `step`."""
@@ -136,3 +137,20 @@ class Checkpoints:
 
     def _steps(self, kind: str) -> list[int]:
         return sorted(int(path.name.removeprefix(f"{kind}-")) for path in self._folder.glob(f"{kind}-*"))
+
+
+def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:
+    """`checkpoint.write`, traced once: walking over the objects takes several times as long as writing them."""
+    # One file, not one for the weights and one for the objects' names: TensorFlow 2.21 makes one for each task it finds named.
+    device = tf.DeviceSpec.from_string(state.optimizer.iterations.value.device)
+    task = tf.DeviceSpec(job=device.job, replica=device.replica, task=device.task)
+
+    @tf.function(autograph=False)
+    def write_to(prefix: tf.Tensor) -> None:
+        with tf.device(task):
+            checkpoint.write(prefix)
+
+    def write(prefix: str) -> None:
+        write_to(tf.constant(prefix))
+
+    return write

@@ -8,13 +8,9 @@ from typing import Any
 from benchmarks.peers import session
 
 
-def train(keras: Any) -> None:
-    """Prints JSON; `keras` is the package, Keras 3 or tf_keras."""
-    options = session.parse(__doc__, ("plain", "loop", "jit"))
-    if options.precision == "bfloat16":
-        keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    images, labels = session.examples(options)
-    model = keras.Sequential([
+def network(keras: Any) -> Any:
+    """The article's network; images [b, 28, 28, 1] to logits [b, 10]."""
+    return keras.Sequential([
         keras.Input((28, 28, 1)),
         keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
         keras.layers.BatchNormalization(),
@@ -27,6 +23,15 @@ def train(keras: Any) -> None:
         keras.layers.Dropout(session.DROPOUT_RATE),
         keras.layers.Dense(10, dtype="float32"),
     ])  # fmt: skip
+
+
+def train(keras: Any) -> None:
+    """Prints JSON; `keras` is the package, Keras 3 or tf_keras."""
+    options = session.parse(__doc__, ("plain", "loop", "jit"))
+    if options.precision == "bfloat16":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    images, labels = session.examples(options)
+    model = network(keras)
     model.compile(
         optimizer=keras.optimizers.Adam(session.LEARNING_RATE),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -13,34 +13,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, Job, arguments, tf_configs
 
+from benchmarks import network
+
 pytestmark = pytest.mark.e2e
 
 STEP_TIMEOUT = 10
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
-    """Two namespaces with a link each to a third, which holds the bridge; 198.18.0.0/15 is for tests of networks."""
-    hub, *names = (f"df{os.getpid()}{end}" for end in ("hub", "a", "b"))
-    for name in (hub, *names):
-        ip("netns", "add", name)
-    try:
-        ip("-n", hub, "link", "add", "bridge", "type", "bridge")
-        ip("-n", hub, "link", "set", "bridge", "up")
-        for index, name in enumerate(names):
-            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{index}", "netns", hub)
-            ip("-n", hub, "link", "set", f"port{index}", "master", "bridge", "up")
-            ip("-n", name, "addr", "add", f"198.18.0.{index + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in (*names, hub):
-            ip("netns", "delete", name)
+    """Two namespaces with a link each to a bridge: 198.18.0.1 and 198.18.0.2."""
+    with network.machines(2) as found:
+        yield [name for name, _ in found]
 
 
 class RemoteJob(Job):
@@ -81,14 +65,31 @@ def test_workers_with_addresses_of_their_own_train_together(start: Callable) -> 
 def test_link_that_goes_down_is_found_within_the_deadline_and_the_job_goes_on_later(start: Callable, machines: list[str]) -> None:
     jobs = start(epochs=40)
     jobs[0].wait_for(lambda: jobs[0].step() >= 20, "step 20")
-    ip("-n", machines[1], "link", "set", "eth0", "down")
+    network.ip("-n", machines[1], "link", "set", "eth0", "down")
     assert [job.wait(STEP_TIMEOUT + 15) for job in jobs] == [75, 75]
     for index, job in enumerate(jobs):
         assert f"nothing heard for --step_timeout={STEP_TIMEOUT} s from worker {1 - index}" in job.log.read_text()
         assert "Traceback" not in job.log.read_text()
-    ip("-n", machines[1], "link", "set", "eth0", "up")
+    network.ip("-n", machines[1], "link", "set", "eth0", "up")
     again = start(epochs=40)
     again[0].wait_for(lambda: "going on from step" in again[0].log.read_text(), "the checkpoint")
     again[0].wait_for(lambda: again[0].step() >= 60, "step 60")
     again[1].process.send_signal(signal.SIGTERM)
     assert [job.wait(60) for job in again] == [75, 75]
+
+
+def test_links_of_benchmarks_are_limited() -> None:
+    """4 MB take 0.8 s at 40 Mbit/s, less what the limit lets through at once."""
+    receive = "import socket; s = socket.create_server(('', 4000)); print(1, flush=True); c = s.accept()[0]"
+    receive += "\nwhile c.recv(65536): pass"
+    send = (
+        "import socket, time; s = socket.create_connection(('198.18.0.2', 4000)); t = time.monotonic(); "
+        "s.sendall(bytes(4_000_000)); s.shutdown(1); s.recv(1); print(time.monotonic() - t)"
+    )
+    with network.machines(2, mbits=40) as ((sender, _), (receiver, _)):
+        inside = ["ip", "netns", "exec"]
+        with subprocess.Popen([*inside, receiver, sys.executable, "-c", receive], stdout=subprocess.PIPE) as server:
+            assert server.stdout
+            server.stdout.readline()
+            done = subprocess.run([*inside, sender, sys.executable, "-c", send], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.7

@@ -1,0 +1,107 @@
+"""Seconds from the start of the process to 99 % test accuracy: preset `fast` against the article's recipe in Keras `fit`."""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.report import ProgramError, Section, as_typed, environment, table
+from benchmarks.throughput import Progress
+
+TARGET = 0.99
+_OURS = re.compile(r"step +\d+ +epoch +[\d.]+ +test .*accuracy ([\d.]+)%")
+_RECIPE = re.compile(r"test accuracy ([\d.]+) after epoch \d+ of ([\d.]+) s, looks ([\d.]+) s")
+_TRAINED = re.compile(r"training .*, ([\d.]+) s")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One program from its start to the line that tells its last test accuracy.
+
+    Attributes:
+        seed: of the program.
+        seconds: from the start of the process, looks at the test set that the recipe does not need taken off.
+        accuracy: on the test set.
+        first: seconds of the recipe's first epoch, or of all of `fast`'s training; both with compilation.
+    """
+
+    seed: int
+    seconds: float
+    accuracy: float
+    first: float
+
+
+def _lines(arguments: Sequence[str]) -> list[tuple[float, str]]:
+    """Each line that a program prints, with the seconds since its start."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    ) as process:
+        assert process.stdout
+        lines = [(time.perf_counter() - started, line) for line in process.stdout]
+    if process.returncode:
+        raise ProgramError(f"{arguments[0]} ended with {process.returncode}")
+    return lines
+
+
+def _find(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tuple[float, re.Match]]:
+    return [(seconds, match) for seconds, line in lines if (match := pattern.search(line))]
+
+
+def run_ours(seed: int) -> Run:
+    """One job of preset `fast`."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = _lines(ours(seed, f"{folder}/run"))
+    ((seconds, test),) = _find(_OURS, lines)
+    ((_, trained),) = _find(_TRAINED, lines)
+    return Run(seed, seconds, float(test[1]) / 100, float(trained[1]))
+
+
+def run_recipe(seed: int) -> Run:
+    """The recipe, up to the target or to its own end."""
+    looks = _find(_RECIPE, _lines(recipe(seed)))
+    seconds, last = looks[-1]
+    return Run(seed, seconds - float(last[3]), float(last[1]), float(looks[0][1][2]))
+
+
+def ours(seed: int, model_dir: str) -> list[str]:
+    """The command of a job."""
+    return ["trainer.task", "--preset=fast", f"--seed={seed}", f"--model_dir={model_dir}"]
+
+
+def recipe(seed: int) -> list[str]:
+    """The command of the recipe."""
+    return ["benchmarks.peers.keras_recipe", f"--seed={seed}", f"--target={TARGET}"]
+
+
+def measure(quick: bool, progress: Progress) -> Section:
+    """Both in turn, over the seeds 0 to 4."""
+    results: dict[str, list[Run]] = {"fast": [], "recipe": []}
+    for seed in progress(list(range(1 if quick else 5))):
+        results["fast"].append(run_ours(seed))
+        results["recipe"].append(run_recipe(seed))
+    names = {"fast": "`trainer.task --preset fast`", "recipe": "the article's recipe, Keras 3 `fit`"}
+    rows = [
+        [names[name], _spread([run.seconds for run in runs]), f"{sum(run.accuracy >= TARGET for run in runs)} of {len(runs)}",
+         f"{statistics.mean(run.accuracy for run in runs):.2%}", f"{statistics.median(run.first for run in runs):.1f}"]
+        for name, runs in results.items()
+    ]  # fmt: skip
+    ratio = statistics.median(
+        theirs.seconds / our.seconds for our, theirs in zip(results["fast"], results["recipe"], strict=True)
+    )
+    headings = ["program", "seconds from process start, median (lowest to highest)", f"seeds that reach {TARGET:.1%}",
+                "mean test accuracy then", "seconds of `fast`'s training, or of the recipe's first epoch"]  # fmt: skip
+    return Section(
+        title=f"Time to {TARGET:.1%} test accuracy",
+        text=f"{table(headings, rows)}\n\n`fast` is there {ratio:.1f} times as soon (median of the seeds).",
+        figures={name: [vars(run) for run in runs] for name, runs in results.items()} | {"ratio": ratio},
+        commands=[as_typed(ours(0, "DIR")), as_typed(recipe(0))],
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"

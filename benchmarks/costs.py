@@ -1,0 +1,62 @@
+"""What a job spends on anything but its steps: start, memory, input, checkpoints; and what a step consists of."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.report import Section, as_typed, environment, run_json, table
+from benchmarks.throughput import Progress
+
+_TASK = ["--model=bn_cnn", "--augment=none", "--validation_fraction=0"]
+_PARTS = ("forward", "backward", "update")
+_CHECKPOINT_EVERY = 100
+
+
+def first_step(arguments: list[str]) -> tuple[float, float]:
+    """Seconds from the start of `trainer.task` to its first finished step, and the peak of the whole job's memory in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trainer.task", *arguments, "--max_steps=51", f"--model_dir={folder}/run"]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--steps_per_loop=1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+        )
+        assert process.stdout
+        seconds = next(time.perf_counter() - started for line in process.stdout if line.startswith("step "))
+        process.stdout.read()
+        # Not `process.wait`: it does not tell what the process has used.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{as_typed(command[2:])} ended with {process.returncode}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def measure(quick: bool, progress: Progress) -> Section:
+    """Each precision by itself; nothing here is compared with others."""
+    figures, rows, shares = {}, [], []
+    for precision in progress(["float32"] if quick else ["float32", "mixed_bfloat16"]):
+        task = [*_TASK, f"--precision={precision}"]
+        parts = run_json(["benchmarks.anatomy", *task])
+        seconds, memory = first_step(task)
+        step, waiting = parts["step"], parts["waiting for input, at most"]
+        stall = parts["checkpoint"] / (parts["checkpoint"] + _CHECKPOINT_EVERY * step)
+        faster = parts["input_images_per_second"] / parts["training_images_per_second"]
+        figures[precision] = {**parts, "first_step_seconds": seconds, "peak_rss_mib": memory, "checkpoint_share": stall}
+        rows.append([precision, f"{seconds:.1f}", f"{memory:,.0f}", f"{parts['input_images_per_second']:,.0f}", f"{faster:,.0f}",
+                     f"{parts['checkpoint']:.0f}", f"{stall:.2%}"])  # fmt: skip
+        cells = [f"{parts[name]:.1f} ({parts[name] / step:.0%})" for name in _PARTS]
+        shares.append([precision, f"{step:.1f}", *cells, f"{waiting:.2f} ({waiting / step:.2%})"])
+    costs = table(
+        ["precision", "seconds from process start to the first step", "peak RSS of the job, MiB", "input alone, images/s",
+         "times what training takes", "ms to save a checkpoint", f"share of training with one every {_CHECKPOINT_EVERY} steps"],
+        rows,
+    )  # fmt: skip
+    anatomy = table(["precision", "step, ms", *_PARTS, "waiting for input, at most"], shares)
+    return Section(
+        title="What else a job costs, and where a step's time goes",
+        text=f"{costs}\n\nA step of 256 images; the all-reduce is in the section on scaling.\n\n{anatomy}",
+        figures=figures,
+        commands=[as_typed(["benchmarks.anatomy", *_TASK, "--precision=float32"])],
+    )
