@@ -1,6 +1,7 @@
 """Numbers that follow from the configuration, the data and the topology; computed once, logged at the start."""
 
 import dataclasses
+import math
 
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -64,7 +65,7 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
         raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
     if batch > num_examples:
         raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples")
-    steps = -(-config.epochs * num_examples // batch)
+    steps = math.ceil(config.epochs * num_examples / batch)
     if config.max_steps:
         steps = min(steps, config.max_steps)
     return Plan(num_examples=num_examples, global_batch_size=batch, num_replicas=num_replicas, total_steps=steps)

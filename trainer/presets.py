@@ -10,7 +10,7 @@ _ARTICLE: dict[str, Any] = {
     # trained on the 20 % and validated on the 80 %; here 20 % validate.
     "model": "bn_cnn",
     "validation_fraction": 0.2,
-    "epochs": 100,
+    "epochs": 100.0,
     "early_stopping_patience": 5,
     "lr_schedule": "exponential",
     "augment": "none",
@@ -19,7 +19,7 @@ _ARTICLE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {
-        "epochs": 2,
+        "epochs": 1.5,
         "precision": "mixed_bfloat16",
         "augment": "none",
         "dropout_rate": 0.2,
@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "model": "deep_cnn",
-        "epochs": 40,
+        "epochs": 40.0,
         "precision": "mixed_bfloat16",
         "augment": "elastic",
         "validation_fraction": 0.0,
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {
         "model": "cnn",
         "global_batch_size": 128,
-        "epochs": 20,
+        "epochs": 20.0,
         "learning_rate": 0.001,
         "lr_schedule": "constant",
         "dropout_rate": 0.0,
