@@ -1,5 +1,6 @@
 """Seconds from the start of the process to 99 % test accuracy: preset `fast` against the article's recipe in Keras `fit`."""
 
+import math
 import re
 import statistics
 import subprocess
@@ -13,6 +14,8 @@ from benchmarks.report import ProgramError, Section, as_typed, environment, tabl
 from benchmarks.throughput import Progress
 
 TARGET = 0.99
+# Of the recipe, which needs about 9. A seed that never gets there would train for 20 or more; it is charged less than it takes.
+_MOST_EPOCHS = 15
 _OURS = re.compile(r"step +\d+ +epoch +[\d.]+ +test .*accuracy ([\d.]+)%")
 _RECIPE = re.compile(r"test accuracy ([\d.]+) after epoch \d+ of ([\d.]+) s, looks ([\d.]+) s")
 _TRAINED = re.compile(r"training .*, ([\d.]+) s")
@@ -38,13 +41,17 @@ class Run:
 def _lines(arguments: Sequence[str]) -> list[tuple[float, str]]:
     """Each line that a program prints, with the seconds since its start."""
     started = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
+        ) as process,
+    ):
         assert process.stdout
         lines = [(time.perf_counter() - started, line) for line in process.stdout]
-    if process.returncode:
-        raise ProgramError(f"{arguments[0]} ended with {process.returncode}")
+        if process.wait():
+            errors.seek(0)
+            raise ProgramError(f"{arguments[0]} ended with {process.returncode}:\n{errors.read()[-2000:]}")
     return lines
 
 
@@ -53,7 +60,7 @@ def _find(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tuple[flo
 
 
 def run_ours(seed: int) -> Run:
-    """One job of preset `fast`."""
+    """One job of preset `fast`, exported and all; its clock stops at the line with the test accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         lines = _lines(ours(seed, f"{folder}/run"))
     ((seconds, test),) = _find(_OURS, lines)
@@ -62,7 +69,7 @@ def run_ours(seed: int) -> Run:
 
 
 def run_recipe(seed: int) -> Run:
-    """The recipe, up to the target or to its own end."""
+    """The recipe, up to the target, or to its end without it."""
     looks = _find(_RECIPE, _lines(recipe(seed)))
     seconds, last = looks[-1]
     return Run(seed, seconds - float(last[3]), float(last[1]), float(looks[0][1][2]))
@@ -75,7 +82,7 @@ def ours(seed: int, model_dir: str) -> list[str]:
 
 def recipe(seed: int) -> list[str]:
     """The command of the recipe."""
-    return ["benchmarks.peers.keras_recipe", f"--seed={seed}", f"--target={TARGET}"]
+    return ["benchmarks.peers.keras_recipe", f"--seed={seed}", f"--target={TARGET}", f"--epochs={_MOST_EPOCHS}"]
 
 
 def measure(quick: bool, progress: Progress) -> Section:
@@ -90,15 +97,20 @@ def measure(quick: bool, progress: Progress) -> Section:
          f"{statistics.mean(run.accuracy for run in runs):.2%}", f"{statistics.median(run.first for run in runs):.1f}"]
         for name, runs in results.items()
     ]  # fmt: skip
-    ratio = statistics.median(
-        theirs.seconds / our.seconds for our, theirs in zip(results["fast"], results["recipe"], strict=True)
-    )
+    pairs = list(zip(results["fast"], results["recipe"], strict=True))
+    ratios = [theirs.seconds / our.seconds for our, theirs in pairs if min(our.accuracy, theirs.accuracy) >= TARGET]
+    middle = statistics.median(ratios) if ratios else math.nan
+    ratio = f"{middle:.1f} times as soon (median of the {len(ratios)} seeds where both get there)"
     headings = ["program", "seconds from process start, median (lowest to highest)", f"seeds that reach {TARGET:.1%}",
                 "mean test accuracy then", "seconds of `fast`'s training, or of the recipe's first epoch"]  # fmt: skip
     return Section(
         title=f"Time to {TARGET:.1%} test accuracy",
-        text=f"{table(headings, rows)}\n\n`fast` is there {ratio:.1f} times as soon (median of the seeds).",
-        figures={name: [vars(run) for run in runs] for name, runs in results.items()} | {"ratio": ratio},
+        text=(
+            f"{table(headings, rows)}\n\n`fast` is there {ratio}. The recipe is stopped after {_MOST_EPOCHS} epochs if it has "
+            "not got there. It trains in float32 on 48,000 images and validates on 12,000 after each epoch; `fast` trains in "
+            "bfloat16 on all 60,000 and looks at nothing before the end."
+        ),
+        figures={name: [vars(run) for run in runs] for name, runs in results.items()} | {"ratios": ratios},
         commands=[as_typed(ours(0, "DIR")), as_typed(recipe(0))],
     )
 

@@ -8,15 +8,18 @@ to some bandwidths; `wire` is the link's own rate times a factor, for what proto
 """
 
 import dataclasses
+import importlib.util
 import io
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import network, scaling
-from benchmarks.report import Section, as_typed, table
+from benchmarks.report import ProgramError, Section, as_typed, table
 from benchmarks.throughput import Progress
 
 _BATCHES = (32, 64, 128, 256)
@@ -137,7 +140,15 @@ def chart(gpus: Gpus, sizes: Sequence[int]) -> bytes:
 
 
 def measure(quick: bool, progress: Progress) -> Section:
-    """Fits, checks, extrapolates."""
+    """Fits, checks, extrapolates.
+
+    Raises:
+        ProgramError: what it needs is not there.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        raise ProgramError("the chart needs matplotlib: pip install '.[bench]'")
+    if os.geteuid() or not shutil.which("tc"):
+        raise ProgramError("limited links need root and iproute2: leave this section out with --only")
     task = [*scaling.TASK, "--precision=float32"]
 
     def over(mbits: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.report import Section, as_typed, environment, run_json, table
+from benchmarks.report import ProgramError, Section, as_typed, environment, run_json, table
 from benchmarks.throughput import Progress
 
 _TASK = ["--model=bn_cnn", "--augment=none", "--validation_fraction=0"]
@@ -20,17 +20,16 @@ def first_step(arguments: list[str]) -> tuple[float, float]:
         command = [sys.executable, "-m", "trainer.task", *arguments, "--max_steps=51", f"--model_dir={folder}/run"]
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--steps_per_loop=1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+            [*command, "--steps_per_loop=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
         )
         assert process.stdout
-        seconds = next(time.perf_counter() - started for line in process.stdout if line.startswith("step "))
-        process.stdout.read()
+        lines = [(time.perf_counter() - started, line) for line in process.stdout]
         # Not `process.wait`: it does not tell what the process has used.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{as_typed(command[2:])} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss / 1024
+        raise ProgramError(f"trainer.task ended with {process.returncode}:\n{''.join(line for _, line in lines[-20:])}")
+    return next(seconds for seconds, line in lines if line.startswith("step ")), usage.ru_maxrss / 1024
 
 
 def measure(quick: bool, progress: Progress) -> Section:
@@ -50,7 +49,7 @@ def measure(quick: bool, progress: Progress) -> Section:
         shares.append([precision, f"{step:.1f}", *cells, f"{waiting:.2f} ({waiting / step:.2%})"])
     costs = table(
         ["precision", "seconds from process start to the first step", "peak RSS of the job, MiB", "input alone, images/s",
-         "times what training takes", "ms to save a checkpoint", f"share of training with one every {_CHECKPOINT_EVERY} steps"],
+         "times what training takes", "ms to write a checkpoint", f"share of training with one every {_CHECKPOINT_EVERY} steps"],
         rows,
     )  # fmt: skip
     anatomy = table(["precision", "step, ms", *_PARTS, "waiting for input, at most"], shares)

@@ -48,4 +48,5 @@ def machines(count: int, mbits: float = 0) -> Iterator[list[tuple[str, str]]]:
         yield [(name, f"{_SUBNET}.{index + 1}") for index, name in enumerate(names)]
     finally:
         for name in made:
-            ip("netns", "delete", name)
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "delete", name)

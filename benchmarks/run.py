@@ -11,6 +11,7 @@ does not decide. Frameworks that are not installed are named as such: pip instal
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,15 @@ def main() -> None:
         def progress(items: list[Any], name: str = name) -> Iterable[Any]:
             return track(items, description=name)
 
-        sections[name] = SECTIONS[name](options.quick, progress)
+        try:
+            sections[name] = SECTIONS[name](options.quick, progress)
+        except report.ProgramError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
         text = _write(options.output, sections, heading)
     print(text)
+    if len(sections) < len(chosen):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ these share them, and the ideal is as many times one core's speed as there are c
 whose speed drifts does not decide.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +23,7 @@ from trainer.ports import free_ports
 
 TASK = ("--model=bn_cnn", "--augment=none", "--validation_fraction=0")
 STRONG_BATCH, WEAK_BATCH = 256, 128
+_TIMEOUT_SECS = 600
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -45,27 +49,47 @@ def run_pinned(
     """
     addresses = [address for _, address in hosts] or ["127.0.0.1"] * num_workers
     workers = [f"{address}:{port}" for address, port in zip(addresses, free_ports(num_workers), strict=True)]
-    processes = []
-    for index in range(num_workers):
-        cluster, task = (workers, index) if together else (workers[index : index + 1], 0)
-        config = json.dumps({"cluster": {"worker": cluster}, "task": {"type": "worker", "index": task}})
-        pinned = {CORES[(index * cores + offset) % len(CORES)] for offset in range(cores)}
-        inside = ["ip", "netns", "exec", hosts[index][0]] if hosts else []
-        processes.append(
-            subprocess.Popen(
+    with contextlib.ExitStack() as stack:
+        logs, processes = [], []
+        for index in range(num_workers):
+            cluster, task = (workers, index) if together else (workers[index : index + 1], 0)
+            config = json.dumps({"cluster": {"worker": cluster}, "task": {"type": "worker", "index": task}})
+            pinned = {CORES[(index * cores + offset) % len(CORES)] for offset in range(cores)}
+            inside = ["ip", "netns", "exec", hosts[index][0]] if hosts else []
+            logs.append([stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)])
+            process = subprocess.Popen(
                 [*inside, sys.executable, "-m", "benchmarks.probe", *arguments],
                 env={**environment(), "TF_CONFIG": config},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=logs[-1][0],
+                stderr=logs[-1][1],
                 preexec_fn=lambda pinned=pinned: os.sched_setaffinity(0, pinned),  # type: ignore[misc]
             )
-        )
-    outputs = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        if process.returncode:
-            raise ProgramError(f"benchmarks.probe ended with {process.returncode}:\n{errors[-2000:]}")
-    return dict(json.loads(outputs[0][0].splitlines()[-1]))
+            stack.callback(_end, process)
+            processes.append(process)
+        _wait(processes)
+        for process, (_, errors) in zip(processes, logs, strict=True):
+            if process.poll():
+                errors.seek(0)
+                raise ProgramError(f"benchmarks.probe ended with {process.returncode}:\n{errors.read()[-2000:]}")
+        logs[0][0].seek(0)
+        return dict(json.loads(logs[0][0].read().splitlines()[-1]))
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> None:
+    """Until all have ended; the rest of a group that has lost one would wait for it for ever, and is ended."""
+    deadline = time.monotonic() + _TIMEOUT_SECS
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            break
+        if time.monotonic() > deadline:
+            raise ProgramError(f"benchmarks.probe has not ended within {_TIMEOUT_SECS} s")
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
 
 
 @dataclasses.dataclass

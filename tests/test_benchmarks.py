@@ -121,17 +121,20 @@ def test_scaling_is_told_against_as_many_cores_as_there_are(monkeypatch: pytest.
     ]
 
 
-def test_report_is_written_after_each_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_fails_is_told_and_the_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def section(name: str) -> report.Section:
         return report.Section(title=name, text="| a |", figures={"x": 1}, commands=["python -m this"], charts={"c.png": b"png"})
 
     def fail(quick: bool, progress: throughput.Progress) -> report.Section:
         raise report.ProgramError("no")
 
-    monkeypatch.setattr(run, "SECTIONS", {"good": lambda quick, progress: section("Good"), "bad": fail})
+    monkeypatch.setattr(run, "SECTIONS", {"bad": fail, "good": lambda quick, progress: section("Good")})
     monkeypatch.setattr(sys, "argv", ["run", "--quick", f"--output={tmp_path}/new"])
-    with pytest.raises(report.ProgramError):
+    with pytest.raises(SystemExit, match="1"):
         run.main()
+    assert "bad: no" in capsys.readouterr().err
     text = (tmp_path / "new" / "report.md").read_text()
     assert "tensorflow" in text.splitlines()[0]
     assert "## Good\n\n| a |" in text
@@ -145,3 +148,14 @@ def test_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit, match="2"):
         run.main()
     assert "--only=speed: expected some of throughput" in capsys.readouterr().err
+
+
+def test_worker_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(report.ProgramError, match="global_batch_size=0"):
+        scaling.run_pinned(["--global_batch_size=0"], 2)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    failed = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    scaling._wait([sleeper, failed])
+    assert sleeper.poll() is None
+    scaling._end(sleeper)
+    assert sleeper.returncode == -9

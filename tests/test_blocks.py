@@ -187,3 +187,9 @@ def test_first_block_on_two_replicas_computes_what_one_computes() -> None:
     with strategy.scope():
         layer = first_block("float64", over_replicas=True)
     assert_close(on_two_replicas(layer, images, upstream), whole, 1e-12)
+
+
+def test_variance_is_never_below_zero_where_values_are_nearly_the_same() -> None:
+    mean = tf.constant([100.0] * 4)
+    _, variance = first_block("float32")._over_replicas_moments(mean, mean * mean * (1 - 1e-6))
+    np.testing.assert_array_equal(variance, 0)

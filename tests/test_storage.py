@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
 from trainer import storage
@@ -82,10 +83,22 @@ def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goe
     )  # fmt: skip
     assert limited.returncode == 75, limited.stderr
     last = limited.stderr.splitlines()[-1]
-    assert "cannot be written" in last
+    assert "cannot be written (" in last
+    assert "File too large" in last
     assert f"the last good checkpoint is {saved}" in last
     assert "Traceback" not in limited.stderr
     assert start_job(epochs=12).finish()["restarts"] == 2
+
+
+def test_reason_of_an_error_within_a_graph_is_what_is_wrong() -> None:
+    text = (
+        "Graph execution error:\n\nDetected at node SaveV2 defined at (most recent call last):\n"
+        '  File "checkpoint.py", line 1, in write\n\n    save()\n\n/run/state; No space left on device\n\t [[{{node SaveV2}}]]'
+    )
+    error = tf.errors.ResourceExhaustedError(None, None, text)
+    assert storage.reason_of(error) == "/run/state; No space left on device"
+    assert storage.reason_of(tf.errors.UnknownError(None, None, "{{function_node f}} Disk gone\nmore")) == "Disk gone"
+    assert storage.reason_of(OSError(28, "No space left on device")) == "No space left on device"
 
 
 def _flag(job, name: str) -> str:

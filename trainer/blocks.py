@@ -90,7 +90,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     def _over_replicas_moments(self, mean: tf.Tensor, square: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and biased variance over all replicas, from this one's mean and mean square."""
         mean, square = tf.unstack(self._mean_over_replicas(tf.stack([mean, square])))
-        return mean, square - mean * mean
+        # Rounding makes it negative where all values are nearly the same.
+        return mean, tf.maximum(square - mean * mean, 0)
 
     def _mean_over_replicas(self, values: tf.Tensor) -> tf.Tensor:
         replicas = self._num_replicas()

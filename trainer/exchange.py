@@ -13,7 +13,8 @@ from trainer.config import Config
 from trainer.plan import Plan
 from trainer.steps import State, exchange_dtype
 
-_REPEATS = 10
+# The first one compiles.
+_ROUNDS = 8
 # A batch is called large enough where exchanging takes this share of a step.
 _GOOD_SHARE = 0.2
 
@@ -27,32 +28,32 @@ def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> f
         strategy: the job's.
 
     Returns:
-        The mean over a few rounds; 0 for one replica.
+        The shortest of a few rounds: a machine that was busy for a moment is no slow network. 0 for one replica.
     """
-    num_replicas = strategy.num_replicas_in_sync
-    if num_replicas == 1:
+    if strategy.num_replicas_in_sync == 1:
         return 0.0
     dtype, weights = exchange_dtype(config, strategy), state.model.trainable_variables
-    gradients = [tf.zeros(weight.shape, dtype) for weight in weights]
     # Two a layer of batch normalisation: see blocks.py. It has two moving averages, [C] each.
     averages = state.model.non_trainable_variables if config.sync_batch_norm else []
-    statistics = [tf.zeros([2, *average.shape], average.dtype) for average in averages]
 
-    def replica_exchange(values: list[tf.Tensor]) -> list[tf.Tensor]:
-        context = tf.distribute.get_replica_context()
-        small = [context.all_reduce(tf.distribute.ReduceOp.SUM, value) for value in values[: len(statistics)]]
-        return small + context.all_reduce(tf.distribute.ReduceOp.SUM, values[len(statistics) :])
+    def replica_exchange(start: tf.Tensor) -> tf.Tensor:
+        # Each all-reduce waits for the one before, as in a step, and all are needed for the value that is returned.
+        all_reduce, one = tf.distribute.get_replica_context().all_reduce, start
+        for average in averages:
+            one = all_reduce(tf.distribute.ReduceOp.SUM, tf.fill([2, *average.shape], tf.cast(one, average.dtype)))[0, 0]
+        sums = all_reduce(tf.distribute.ReduceOp.SUM, [tf.fill(weight.shape, tf.cast(one, dtype)) for weight in weights])
+        return tf.add_n([tf.cast(tf.reshape(total, [-1])[0], tf.float32) for total in sums])
 
     @tf.function
-    def exchange(rounds: tf.Tensor) -> tf.Tensor:
-        for _ in tf.range(rounds):
-            strategy.run(replica_exchange, args=(statistics + gradients,))
-        return rounds
+    def exchange() -> tf.Tensor:
+        return strategy.experimental_local_results(strategy.run(replica_exchange, args=(tf.zeros([]),)))[0]
 
-    exchange(tf.constant(1))
-    started = time.perf_counter()
-    exchange(tf.constant(_REPEATS)).numpy()
-    return (time.perf_counter() - started) / _REPEATS
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        exchange().numpy()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def make_adviser(plan: Plan, exchange_secs: float, tell: Callable[[str], None]) -> Callable[[float], None]:
@@ -74,14 +75,16 @@ def advice(plan: Plan, step_secs: float, exchange_secs: float) -> str:
     One replica has all images of the step to compute and nothing to exchange.
     """
     num_replicas, batch = plan.num_replicas, plan.per_replica_batch_size
-    compute_secs = max(step_secs - exchange_secs, 1e-9)
+    compute_secs = step_secs - exchange_secs
     alone_secs = num_replicas * compute_secs
-    if num_replicas == 1 or step_secs < alone_secs:
+    # Where the exchange seems to take longer than the whole step, one of the two was not measured well.
+    if num_replicas == 1 or not 0 < alone_secs <= step_secs:
         return ""
     enough = batch * exchange_secs / compute_secs * (1 - _GOOD_SHARE) / _GOOD_SHARE
-    enough = 2 ** math.ceil(math.log2(max(enough, 2 * batch)))
+    enough = num_replicas * 2 ** math.ceil(math.log2(max(enough, 2 * batch)))
+    larger = f", or --global_batch_size={enough} or more" if enough <= plan.num_examples else ""
     return (
         f"{batch} images a replica is too small: {num_replicas} replicas take {1e3 * step_secs:.1f} ms a step, "
-        f"{1e3 * min(exchange_secs, step_secs):.1f} ms of it to exchange gradients and statistics, and one replica about "
-        f"{1e3 * alone_secs:.1f} ms: use fewer replicas, or --global_batch_size={num_replicas * enough} or more"
+        f"{1e3 * exchange_secs:.1f} ms of it to exchange gradients and statistics, and one replica about "
+        f"{1e3 * alone_secs:.1f} ms: use fewer replicas{larger}"
     )

@@ -104,7 +104,9 @@ def _train(
     if progress.step:
         _log.info("going on from step %d", progress.step)
     watch.feed("timing what the replicas exchange", compiles=True)
-    exchange_secs = exchange.measure(config, state, topology.strategy)
+    # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
+    share_cores = topology.num_workers == 1 and topology.kind == "CPU"
+    exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
     evaluate = _evaluations(state.inference, topology, sum_over_workers)
     work = Work(
         train=steps.make_train_loop(config, state, topology.strategy),
@@ -146,7 +148,7 @@ def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
     except tf.errors.OpError as error:
         if not watch.peers or not (watch.wait_for_trouble(_TROUBLE_SHOWS_WITHIN_SECS) or isinstance(error, PEER_ERRORS)):
             raise
-        raise Stopped(watch.trouble or f"lost a peer ({error.message.splitlines()[0][:200]})") from error
+        raise Stopped(watch.trouble or f"lost a peer ({storage.reason_of(error)[:200]})") from error
 
 
 def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:

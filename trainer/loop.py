@@ -73,7 +73,8 @@ class Loop:
                 first = progress.step
                 profile(first)
                 asked = self._train_until(self._next_boundary(first))
-                if self._plan.is_epoch_end(progress.step):
+                # The end is validated too: it may lie within an epoch, and early stopping must know of it.
+                if self._plan.is_epoch_end(progress.step) or progress.step == self._plan.total_steps:
                     self._end_epoch()
                 progress.finished |= progress.step >= self._plan.total_steps
                 if progress.finished or asked or self._is_due(progress.step):

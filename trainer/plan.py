@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -65,7 +66,7 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
         raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
     if batch > num_examples:
         raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples")
-    steps = math.ceil(config.epochs * num_examples / batch)
+    steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)
     if config.max_steps:
         steps = min(steps, config.max_steps)
     return Plan(num_examples=num_examples, global_batch_size=batch, num_replicas=num_replicas, total_steps=steps)

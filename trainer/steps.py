@@ -19,6 +19,7 @@ from trainer.optimizers import Schedule
 
 # Columns of what training and evaluation return: sums over examples.
 LOSS, CORRECT, EXAMPLES = range(3)
+_MOST_16_BIT_REPLICAS = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,14 +91,16 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
 
 
 def exchange_dtype(config: Config, strategy: tf.distribute.Strategy) -> tf.DType:
-    """The number format in which replicas add up gradients: the one that they were computed in, at half the traffic in 16 bits.
+    """The number format in which replicas add up gradients: 16 bits where the job computes in them, at half the traffic.
 
-    Those of 16-bit kernels hold no more than 16 bits, so only the sum is rounded: by 1/256 of each number at most in
-    bfloat16, where batches of 256 images differ by more than the number itself.
+    Kernels' gradients are of 16 bits already; those of normalisation, biases and logits, and the sums, are rounded: each
+    addition by 1/512 at most in bfloat16 and 1/4096 in float16, where gradients of two batches differ by more than their
+    size. A sum that leaves float16's range lowers the loss scale, as one inside a kernel does. Over many replicas the
+    roundings would add up.
     """
     if config.precision == "float64":
         return tf.float64
-    if strategy.num_replicas_in_sync == 1 or config.precision == "float32":
+    if config.precision == "float32" or not 1 < strategy.num_replicas_in_sync <= _MOST_16_BIT_REPLICAS:
         return tf.float32
     if config.precision == "mixed_float16":
         return tf.float16

@@ -184,7 +184,16 @@ def stop_when_full(what: str, last_good: Callable[[], str], *errors: type[Except
     try:
         yield
     except failures as error:
-        text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        # TensorFlow puts the operation in braces before what is wrong.
-        reason = re.sub(r"^\{\{.*?\}\} *", "", text)
-        raise Stopped(f"{what} cannot be written ({reason}): {last_good()}") from error
+        raise Stopped(f"{what} cannot be written ({reason_of(error)}): {last_good()}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The line of an error that says what is wrong; TensorFlow's come with operations in braces, and with the graph's story."""
+    if text := getattr(error, "strerror", None):
+        return str(text)
+    lines = str(getattr(error, "message", error)).splitlines()
+    # TensorFlow 2.21 tells of errors within a graph in three parts: a heading, the operations with their stacks, the error.
+    if lines and lines[0].startswith("Graph execution error"):
+        lines = [line for line in lines[1:] if line and not line.startswith((" ", "\t", "<", "[[", "Detected at node"))]
+    text = (lines or [type(error).__name__])[0]
+    return re.sub(r"^\{\{.*?\}\} *", "", text)

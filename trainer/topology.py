@@ -13,8 +13,8 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.sources import Cluster
 
-# Of <malloc.h>, in bytes: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD. Two of the three alone change little.
-_MALLOC_OPTIONS = {-1: 2**30, -2: 2**26, -3: 2**29}
+# Of <malloc.h>, in bytes: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD. Two of the three alone change little.
+_MALLOC_OPTIONS = {-3: 2**29, -1: 2**30, -2: 2**26}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Topology:
 
     strategy: tf.distribute.Strategy
     name: str
+    kind: str
     num_workers: int
     is_chief: bool
 
@@ -129,9 +130,12 @@ def _keep_memory() -> None:
     Every buffer above a megabyte otherwise costs page faults each time: half of what an all-reduce of the gradients takes.
     Another C library has its own ways.
     """
-    if platform.libc_ver()[0] == "glibc":
-        for parameter, size in _MALLOC_OPTIONS.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
+    if platform.libc_ver()[0] != "glibc":
+        return
+    for parameter, size in _MALLOC_OPTIONS.items():
+        # An old glibc refuses the first one; the others without it would make things worse.
+        if not ctypes.CDLL(None).mallopt(parameter, size):
+            break
 
 
 def choose_layout(config: Config, cluster: Cluster) -> Layout:
@@ -170,7 +174,7 @@ def make_topology(config: Config, layout: Layout, cluster: Cluster) -> Topology:
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction() if reduction else None)
     else:
         strategy = _multi_worker_strategy(config, layout, cluster)
-    return Topology(strategy, layout.name, layout.num_workers, cluster.is_chief)
+    return Topology(strategy, layout.name, layout.kind, layout.num_workers, cluster.is_chief)
 
 
 def _multi_worker_strategy(config: Config, layout: Layout, cluster: Cluster) -> tf.distribute.Strategy:

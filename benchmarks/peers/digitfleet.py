@@ -1,4 +1,7 @@
-"""digitfleet itself, as a job of `trainer.task` with everything that it does: metrics, checkpoints, evaluation, export."""
+"""digitfleet itself, as a job of `trainer.task`; its speed is that of `result.json`: training, without writing checkpoints.
+
+Those have a row of their own in the section on costs, and none of the peers writes any.
+"""
 
 import json
 import resource

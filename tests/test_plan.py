@@ -1,0 +1,22 @@
+"""Steps of a job: parts of epochs, and what decimal fractions must not do."""
+
+import pytest
+
+from trainer.plan import make_plan
+from trainer.presets import from_preset
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_examples", "batch", "steps"),
+    [
+        (1.5, 60_000, 256, 352),
+        (15, 54_000, 256, 3165),
+        # In floating point 1.1 x 54,000 is a little more than 59,400.
+        (1.1, 54_000, 100, 594),
+        (0.1, 54_000, 256, 22),
+        (0.00001, 54_000, 256, 1),
+    ],
+)
+def test_epochs_may_be_parts_of_one(epochs: float, num_examples: int, batch: int, steps: int) -> None:
+    config = from_preset("default", {"epochs": epochs, "global_batch_size": batch})
+    assert make_plan(config, num_examples, 1).total_steps == steps
