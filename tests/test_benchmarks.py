@@ -153,6 +153,8 @@ def test_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_worker_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(report.ProgramError, match="global_batch_size=0"):
         scaling.run_pinned(["--global_batch_size=0"], 2)
+    # Should it wait for all, it fails after this, not after ten minutes.
+    monkeypatch.setattr(scaling, "_TIMEOUT_SECS", 20)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     failed = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     scaling._wait([sleeper, failed])

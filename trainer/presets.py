@@ -19,7 +19,7 @@ _ARTICLE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {
-        "epochs": 1.5,
+        "epochs": 2.0,
         "precision": "mixed_bfloat16",
         "augment": "none",
         "dropout_rate": 0.2,
