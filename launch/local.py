@@ -15,10 +15,10 @@ from pathlib import Path
 from absl import flags
 
 from launch import chaos, isolation
+from launch.arguments import task_config
 from launch.supervisor import Job, Supervisor
 from trainer import cli, cluster, storage
 from trainer import flags as task_flags
-from trainer.config import Config
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
 _PROGRAM = "launch.local"
@@ -56,7 +56,7 @@ def define(flag_values: flags.FlagValues) -> None:
 def main(task_arguments: list[str]) -> None:
     """Runs the job; exits with its code."""
     values = flags.FLAGS
-    config = _task_config(task_arguments)
+    config = task_config(task_arguments)
     faults = chaos.parse(values.chaos, values.num_workers)
     model_dir = config.model_dir or task_flags.new_model_dir(config)
     devices = values.devices_per_worker or config.num_devices
@@ -90,19 +90,6 @@ def _remove_if_only_logs(model_dir: Path) -> None:
     """Takes a folder away in which a refused job has left nothing but its output, which has been shown."""
     if {path.name for path in model_dir.iterdir()} <= {"logs", ".lock"}:
         shutil.rmtree(model_dir)
-
-
-def _task_config(arguments: list[str]) -> Config:
-    """What the workers will understand, so that a mistake is told once and not by each.
-
-    Raises:
-        RequestError: a flag of the task is wrong.
-    """
-    values = flags.FlagValues()
-    task_flags.define(values)
-    # Flags that are absl's own, such as --verbosity, are left to the workers.
-    rest = task_flags.parse(values, ["trainer.task", *arguments], known_only=True)[1:]
-    return task_flags.to_config(values, [argument for argument in rest if not argument.startswith("-")])
 
 
 def _share_devices(num_workers: int, num_devices: int, gpus: list[str]) -> tuple[list[dict[str, str]], int]:

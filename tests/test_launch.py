@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from launch import chaos
+from launch.arguments import task_config
 from launch.chaos import Fault
 from launch.local import _share_devices
 from launch.progress import LostTime, last_step
@@ -326,3 +327,16 @@ def test_ports_do_not_follow_from_the_jobs_seed() -> None:
         random.seed(0)
         chosen.append(free_ports(3))
     assert chosen[0] != chosen[1]
+
+
+def test_misspelt_flag_of_the_task_is_told_once_and_before_any_worker_starts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.local", "--num_workers=2", "--", "--presett=fast", f"--model_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "presett" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_absl_go_with_those_of_the_task() -> None:
+    assert task_config(["--verbosity=-1", "--seed=3"]).seed == 3

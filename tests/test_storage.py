@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
-from trainer import storage
-from trainer.errors import RequestError
+from trainer import cluster, storage
+from trainer.errors import RequestError, Stopped
 from trainer.metrics import JsonLines
 
 
@@ -118,3 +118,23 @@ def test_token_of_another_worker_is_found_in_the_same_folder_and_nowhere_else(
         # The lock is still the file that is held.
         with pytest.raises(RequestError, match="another job is writing there"), storage.exclusive(tmp_path, needed=True):
             pass
+
+
+def test_folder_that_a_lost_worker_still_holds_is_waited_for(tmp_path: Path) -> None:
+    """Another process, because a lock is one's own within a process; it lets go when it ends."""
+    hold = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        with pytest.raises(Stopped, match=r"another job is writing there, still after 0\.01 s"):
+            storage.exclusive(tmp_path, needed=True, patience=0.01).__enter__()
+        with storage.exclusive(tmp_path, needed=True, patience=60):
+            assert holder.wait(10) == 0
+
+
+def test_patience_is_for_schedulers_that_start_workers_elsewhere() -> None:
+    assert cluster.lock_patience({}) == 0
+    assert cluster.lock_patience({"KUBERNETES_SERVICE_HOST": "198.18.0.1"}) > 90
+    assert cluster.lock_patience({"SLURM_JOB_ID": "7"}) > 90

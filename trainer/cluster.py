@@ -49,6 +49,15 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Pa
     return list(names)[: len(existing)]
 
 
+def lock_patience(environment: Mapping[str, str] = os.environ) -> float:
+    """Seconds to wait for a folder that another process holds.
+
+    Where a scheduler starts a worker again on another machine, the lost one's locks outlive it on a network file system: NFS's
+    for a lease of 90 s. Elsewhere the other process is somebody's job, and waiting would not help.
+    """
+    return 120.0 if environment.get("KUBERNETES_SERVICE_HOST") or environment.get("SLURM_JOB_ID") else 0.0
+
+
 def set_log_level(verbosity: int) -> None:
     """Silences TensorFlow's C++ log unless `verbosity` (absl's: -1 warning, 0 info) asks for it; before its import.
 

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.errors import RequestError, Stopped
 
@@ -55,30 +55,43 @@ def probe_folder(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, needed: bool) -> Iterator[None]:
+def exclusive(folder: Path, *, needed: bool, patience: float = 0) -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
 
     Args:
         folder: what to hold.
         needed: False for a process that writes nothing there.
+        patience: seconds to wait for another process to let go.
 
     Raises:
         RequestError: another process holds it.
+        Stopped: it still does so after the patience that was asked for.
     """
     if not needed:
         yield
         return
     with open(folder / _LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise RequestError(f"--model_dir={folder}: another job is writing there") from error
-            # A file system without locks: then nobody can be kept out.
+        deadline = time.monotonic() + patience
+        while not _lock(lock):
+            if not patience:
+                raise RequestError(f"--model_dir={folder}: another job is writing there")
+            if time.monotonic() > deadline:
+                raise Stopped(f"--model_dir={folder}: another job is writing there, still after {patience:g} s")
+            time.sleep(0.5)
         try:
             yield
         finally:
             _remove_if_unused(folder, Path(lock.name))
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the file is this process's now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Otherwise a file system without locks: then nobody can be kept out.
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def _remove_if_unused(folder: Path, lock: Path) -> None:

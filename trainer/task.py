@@ -27,7 +27,7 @@ def main(positional: list[str]) -> None:
         from trainer import job
 
     try:
-        with storage.exclusive(model_dir, needed=workers.is_chief):
+        with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
             result = job.run(config, data, workers, stop)
     except Stopped as error:
         raise Stopped(f"{error}; go on with: {_command(config)}") from error

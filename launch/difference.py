@@ -1,0 +1,38 @@
+"""What an apply would change, as a diff: of what we say about an object, not of what the cluster has added to it.
+
+`kubectl diff` refuses objects with fields that cannot change, as a Job's template, which are just those of interest.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import manifests
+from launch.kubectl import Object
+
+
+def show(existing: Mapping[tuple[str, str], Object], objects: Sequence[Object]) -> str:
+    """A unified diff of all objects; empty if there is no difference.
+
+    Args:
+        existing: what the cluster has, by kind and name.
+        objects: what there should be.
+    """
+    parts: list[str] = []
+    for found in objects:
+        name = f"{found['kind']}/{found['metadata']['name']}"
+        before = existing.get((found["kind"], found["metadata"]["name"]))
+        old = manifests.dump([_like(before, found)]) if before else ""
+        parts += difflib.unified_diff(
+            old.splitlines(), manifests.dump([found]).splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm=""
+        )
+    return "\n".join(parts)
+
+
+def _like(live: Any, wanted: Any) -> Any:
+    """The part of a live object that `wanted` speaks of, in its order."""
+    if isinstance(live, dict) and isinstance(wanted, dict):
+        return {key: _like(live[key], value) for key, value in wanted.items() if key in live}
+    if isinstance(live, list) and isinstance(wanted, list):
+        return [_like(one, other) for one, other in zip(live, wanted, strict=False)] + live[len(wanted) :]
+    return live

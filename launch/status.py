@@ -1,0 +1,256 @@
+"""How a job on Kubernetes is doing: its workers, why one does not run, and how far training is."""
+
+import dataclasses
+import re
+from typing import Any
+
+from launch.kubectl import Kubectl, KubectlError, Object
+from launch.workload import INSTANCE, KINDS, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector
+from trainer.errors import RequestError
+
+_RESOURCES = {
+    "TrainJob": "trainjobs.trainer.kubeflow.org",
+    "TFJob": "tfjobs.kubeflow.org",
+    "JobSet": "jobsets.jobset.x-k8s.io",
+    "Job": "jobs.batch",
+}
+_INDEX_LABELS = ("batch.kubernetes.io/job-completion-index", "training.kubeflow.org/replica-index")
+# A line that trainer.task prints while it trains; trainer/console.py.
+_PROGRESS = re.compile(
+    r"step +(?P<step>\d+)  epoch +(?P<epoch>[\d.]+)  train +.*?  (?:(?P<images_per_second>\d+) images/s|compiling)  "
+    r"(?P<seconds_left>\d+) s left"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """A worker's newest pod.
+
+    Attributes:
+        index: its number.
+        pod: the pod's name.
+        phase: Kubernetes's, or the better word that it has for a container that waits.
+        restarts: pods and containers of this number before.
+        node: where it runs; may be empty.
+        why: why it does not run, or how it ended; may be empty.
+    """
+
+    index: int
+    pod: str
+    phase: str
+    restarts: int
+    node: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """A job.
+
+    Attributes:
+        name: of the job.
+        kind: Job, JobSet, TrainJob or TFJob.
+        state: waiting, running, complete or failed.
+        why: what Kubernetes says of that; may be empty.
+        num_workers: that there should be.
+        restarts: of all workers together, where the kind of job has that.
+        workers: those that have a pod.
+        progress: step, epoch, images_per_second and seconds_left as the chief has last printed them; of a sweep, empty.
+        result: the chief's line with the test accuracy; empty before the end.
+    """
+
+    name: str
+    kind: str
+    state: str
+    why: str
+    num_workers: int
+    restarts: int
+    workers: list[Worker]
+    progress: dict[str, float | None]
+    result: str
+
+
+def holders(cluster: Kubectl, name: str) -> list[Object]:
+    """What has a job's name: of ours one at most, and perhaps jobs of others."""
+    return [one for kind in KINDS for one in cluster.get_if_allowed(_RESOURCES[kind], name) if not _is_child(one)]
+
+
+def find(cluster: Kubectl, name: str) -> Object:
+    """The object that trains, by the job's name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if found := [one for one in holders(cluster, name) if is_ours(one)]:
+        return found[0]
+    names = ", ".join(sorted(one["metadata"]["name"] for one in find_all(cluster)))
+    there = f"; there are {names}" if names else ""
+    raise RequestError(f"there is no job {name} of digitfleet in the namespace {cluster.namespace}{there}")
+
+
+def find_all(cluster: Kubectl) -> list[Object]:
+    """Every job of ours in the namespace."""
+    selected = f"--selector={OURS},{INSTANCE}"
+    return [one for kind in KINDS for one in cluster.get_if_allowed(_RESOURCES[kind], selected) if not _is_child(one)]
+
+
+def refresh(cluster: Kubectl, workload: Object) -> Object:
+    """The workload as it is now; empty if it is gone."""
+    return next(iter(cluster.get(_RESOURCES[workload["kind"]], workload["metadata"]["name"])), {})
+
+
+def pods_of(cluster: Kubectl, workload: Object) -> list[Object]:
+    """All pods of a job, those that have ended among them; the oldest first."""
+    return sorted(cluster.get("pods", f"--selector={selector(workload)}"), key=lambda pod: pod["metadata"]["creationTimestamp"])
+
+
+def read(cluster: Kubectl, workload: Object) -> Status:
+    """The status of a job, with what its chief has printed."""
+    report = look(cluster, workload, pods_of(cluster, workload))
+    lines = _log(cluster, report.workers[0], workload) if report.workers and not is_sweep(workload) else []
+    result = next((line.strip() for line in lines if line.startswith("test accuracy")), "")
+    return dataclasses.replace(report, restarts=_restarts(cluster, workload), progress=_progress(lines), result=result)
+
+
+def look(cluster: Kubectl, workload: Object, pods: list[Object]) -> Status:
+    """The status of a job without its progress and restarts, which cost calls of their own."""
+    workers = [_worker(group) for _, group in sorted(_by_index(pods).items())]
+    state, why = _state(cluster, workload)
+    if state == "running":
+        if len(workers) < num_workers(workload):
+            why = _last_warning(cluster, workload)
+        if not any(worker.phase == "Running" for worker in workers):
+            state, why = "waiting", why or next((worker.why for worker in workers if worker.why), "no pods yet")
+    return Status(
+        name=workload["metadata"]["name"],
+        kind=workload["kind"],
+        state=state,
+        why=why,
+        num_workers=num_workers(workload),
+        restarts=0,
+        workers=workers,
+        progress={},
+        result="",
+    )
+
+
+def _restarts(cluster: Kubectl, workload: Object) -> int:
+    """Of a JobSet, also of the one that a TrainJob has made; the others start single pods again."""
+    found = [workload]
+    if workload["kind"] == "TrainJob":
+        found = cluster.get_if_allowed(_RESOURCES["JobSet"], workload["metadata"]["name"])
+    return sum(int(one.get("status", {}).get("restarts", 0)) for one in found if one["kind"] == "JobSet")
+
+
+def index_of(pod: Object) -> int:
+    """The number of the worker that a pod is."""
+    labels = pod["metadata"].get("labels", {})
+    return next((int(labels[label]) for label in _INDEX_LABELS if label in labels), 0)
+
+
+def _is_child(workload: Object) -> bool:
+    return bool(workload["metadata"].get("ownerReferences"))
+
+
+def _by_index(pods: list[Object]) -> dict[int, list[Object]]:
+    """The pods of each number, the oldest first."""
+    groups: dict[int, list[Object]] = {}
+    for pod in pods:
+        groups.setdefault(index_of(pod), []).append(pod)
+    return groups
+
+
+def _worker(pods: list[Object]) -> Worker:
+    newest = pods[-1]
+    status = newest.get("status", {})
+    containers = status.get("containerStatuses", [])
+    phase, why = status.get("phase", "Pending"), status.get("message", "")
+    for container in containers:
+        waiting, ended = container["state"].get("waiting"), container["state"].get("terminated")
+        if waiting and waiting.get("reason") not in ("ContainerCreating", "PodInitializing"):
+            phase, why = waiting["reason"], waiting.get("message", "")
+        elif ended:
+            why = why or f"{ended.get('reason', 'ended')}, exit code {ended['exitCode']}"
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            why = condition.get("message", "")
+        if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
+            why = condition.get("message", "")
+    if "deletionTimestamp" in newest["metadata"]:
+        phase = "Terminating"
+    restarts = len(pods) - 1 + sum(container.get("restartCount", 0) for container in containers)
+    return Worker(
+        index=index_of(newest),
+        pod=newest["metadata"]["name"],
+        phase=phase,
+        restarts=restarts,
+        node=newest["spec"].get("nodeName", ""),
+        why=" ".join(why.split()),
+    )
+
+
+def _state(cluster: Kubectl, workload: Object) -> tuple[str, str]:
+    status = workload.get("status", {})
+    for condition in status.get("conditions", []):
+        if condition["status"] != "True":
+            continue
+        text = " ".join(condition.get("message", condition.get("reason", "")).split())
+        if condition["type"] in ("Complete", "Completed", "SuccessCriteriaMet", "Succeeded"):
+            return "complete", ""
+        if condition["type"] in ("Failed", "FailureTarget"):
+            return "failed", text
+    spec = workload["spec"]
+    if spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"):
+        return "waiting", _why_suspended(cluster, workload)
+    return "running", ""
+
+
+def _why_suspended(cluster: Kubectl, workload: Object) -> str:
+    """What Kueue says of a job that it holds back."""
+    queue = workload["metadata"].get("labels", {}).get(QUEUE)
+    if not queue:
+        return "suspended"
+    text = "Kueue has not seen it: is it installed?"
+    for found in cluster.get_if_allowed("workloads.kueue.x-k8s.io"):
+        owners = {owner["uid"] for owner in found["metadata"].get("ownerReferences", [])}
+        if workload["metadata"].get("uid") in owners:
+            text = next(
+                (one.get("message", "") for one in found.get("status", {}).get("conditions", []) if one["status"] == "False"),
+                "not looked at yet",
+            )
+    return f"in the queue {queue}: {' '.join(text.split())}"
+
+
+def _last_warning(cluster: Kubectl, workload: Object) -> str:
+    """The last warning about the job itself: pods that cannot even be made (quota, Pod Security) are told there alone."""
+    name = re.escape(workload["metadata"]["name"])
+    events = [
+        event
+        for event in cluster.get_if_allowed("events")
+        if event.get("type") == "Warning" and re.fullmatch(f"{name}(-workers-0|-node-0)?", event["involvedObject"]["name"])
+    ]
+    events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+    return " ".join(events[-1].get("message", "").split()) if events else ""
+
+
+def _log(cluster: Kubectl, worker: Worker, workload: Object) -> list[str]:
+    try:
+        return cluster.run("logs", worker.pod, f"--container={container_name(workload)}", "--tail=100").splitlines()
+    except KubectlError:
+        # It has not started, or its node is gone.
+        return []
+
+
+def container_name(workload: Object) -> str:
+    """The container of a pod that trains; Kubeflow's trainer gives it a name of its own."""
+    return "node" if workload["kind"] == "TrainJob" else str(main_container(workload)["name"])
+
+
+def _progress(lines: list[str]) -> dict[str, float | None]:
+    found = [match for line in lines if (match := _PROGRESS.search(line))]
+    return {key: float(value) if value else None for key, value in found[-1].groupdict().items()} if found else {}
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """The status as JSON takes it."""
+    return dataclasses.asdict(status)

@@ -1,0 +1,174 @@
+"""Sending a job to a cluster, and taking it away again: nothing is made before all is checked, and nobody else's is touched."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from launch import difference, kubectl, manifests, quota, status
+from launch.kubectl import Kubectl, KubectlError, Object
+from launch.request import Request, render
+from launch.workload import INSTANCE, KINDS, OURS, find_workload, is_ours, num_workers, own
+from trainer.errors import RequestError
+
+_BELONGING = "services,networkpolicies,poddisruptionbudgets,configmaps"
+_CREATE = ("create", "--filename=-", "--validate=strict", "--field-manager=digitfleet")
+# Time for an operator's webhook to see what was made just before.
+_SEEN_WITHIN_SECS = 15.0
+
+
+def submit(
+    cluster: Kubectl,
+    request: Request,
+    *,
+    replace: bool,
+    dry_run: bool,
+    show: Callable[[str], None],
+    say: Callable[[str], None],
+) -> list[Object]:
+    """Sends what a request asks for, and returns what was made.
+
+    Args:
+        cluster: where to.
+        request: with the cluster's namespace.
+        replace: end a job of this name first.
+        dry_run: let the cluster check, and make nothing.
+        show: takes the difference that a dry run finds.
+        say: takes a line for the user.
+
+    Raises:
+        RequestError: something is in the way; nothing was made.
+    """
+    objects = render(request)
+    job = find_workload(objects)
+    if not job:
+        raise RequestError(f"--overlay={request.overlay} trains nothing: send what `render` prints with kubectl apply -f -")
+    taken = _taken(cluster, objects, request.name)
+    if taken and not (replace or dry_run):
+        raise RequestError(
+            f"{taken[0]['kind']} {taken[0]['metadata']['name']} is there already: see `status`, give another --name, or "
+            "--replace (the job saves, and goes on from its checkpoint)"
+        )
+    missing = _missing(cluster, [found for found in objects if INSTANCE not in found["metadata"].get("labels", {})], say)
+    _check_surroundings(cluster, request, job)
+    if not taken:
+        _check_quota(cluster, job)
+    # A policy before those that it guards.
+    ours = sorted(own(objects), key=lambda found: (found is job, found["kind"] != "NetworkPolicy"))
+    if dry_run:
+        existing = {(found["kind"], found["metadata"]["name"]): found for found in taken}
+        show(difference.show(existing, [*missing, *ours]) or "nothing would change")
+    # What takes a name that is taken is looked at under another one.
+    probe = own(render(dataclasses.replace(request, name=f"{request.name[:40]}-new"))) if taken else ours
+    needs_runtime = job["kind"] == "TrainJob" and any(found["kind"] == "ClusterTrainingRuntime" for found in missing)
+    _create(cluster, missing, "--dry-run=server")
+    if dry_run:
+        # A TrainJob is refused by its operator without its runtime, which a dry run does not make.
+        _create(cluster, [found for found in probe if not (needs_runtime and found["kind"] == "TrainJob")], "--dry-run=server")
+        return []
+    if needs_runtime:
+        _create(cluster, missing)
+    _create(cluster, probe, "--dry-run=server", patience=_SEEN_WITHIN_SECS if needs_runtime else 0)
+    if taken:
+        say(f"ending {request.name}: its pods save their state")
+        end(cluster, taken)
+    _create(cluster, [] if needs_runtime else missing)
+    _create(cluster, ours)
+    return [*missing, *ours]
+
+
+def belonging(cluster: Kubectl, name: str) -> list[Object]:
+    """What a job of ours has beside what trains."""
+    return cluster.get(_BELONGING, f"--selector={OURS},{INSTANCE}={name}")
+
+
+def end(cluster: Kubectl, objects: Sequence[Object]) -> None:
+    """Deletes a job, and then what guards it: its pods have their grace period to save in, behind their policy."""
+    command = ("delete", "--ignore-not-found", "--cascade=foreground", "--wait", "--timeout=10m", "--filename=-")
+    for some in ([one for one in objects if one["kind"] in KINDS], [one for one in objects if one["kind"] not in KINDS]):
+        if some:
+            cluster.run(*command, send=kubectl.objects_as_list(some))
+
+
+def _taken(cluster: Kubectl, objects: Sequence[Object], name: str) -> list[Object]:
+    """What has the job's name already, of whatever kind.
+
+    Raises:
+        RequestError: it is not ours.
+    """
+    by_name = [*status.holders(cluster, name), *cluster.get("--filename=-", send=kubectl.objects_as_list(own(objects)))]
+    if foreign := [found for found in by_name if not is_ours(found)]:
+        raise RequestError(
+            f"{foreign[0]['kind']} {foreign[0]['metadata']['name']} is there, and not digitfleet's: give another --name"
+        )
+    found = {(one["kind"], one["metadata"]["name"]): one for one in [*by_name, *belonging(cluster, name)]}
+    return list(found.values())
+
+
+def _missing(cluster: Kubectl, shared: Sequence[Object], say: Callable[[str], None]) -> list[Object]:
+    """What jobs share and is not there yet. What is there is used as it is.
+
+    Raises:
+        RequestError: what is there cannot serve this job.
+    """
+    missing = []
+    for found in shared:
+        kind, name = found["kind"], found["metadata"]["name"]
+        try:
+            live = cluster.get(kubectl.resource_of(found), name)
+        except KubectlError as error:
+            if not error.forbidden:
+                raise
+            say(f"{kind} {name} cannot be looked at, and is taken to be there: {error}")
+            continue
+        if not live:
+            missing.append(found)
+            continue
+        modes = found.get("spec", {}).get("accessModes", [])
+        if kind == "PersistentVolumeClaim" and not set(modes) <= set(live[0]["spec"].get("accessModes", modes)):
+            raise RequestError(
+                f"the claim {name} is there with {', '.join(live[0]['spec']['accessModes'])}, and this job needs "
+                f"{', '.join(modes)}: name another one with --storage"
+            )
+        differs = difference.show({(kind, name): live[0]}, [found])
+        if differs and kind == "ClusterTrainingRuntime":
+            raise RequestError(
+                f"{kind} {name} is there and says other things than this job needs (volumes, nodes): have an administrator apply "
+                "the one that `render` prints, or take --overlay=jobset"
+            )
+        if differs and kind != "PersistentVolumeClaim":
+            say(f"{kind} {name} is there already, not as this job would make it, and is used as it is")
+    return missing
+
+
+def _check_surroundings(cluster: Kubectl, request: Request, job: Object) -> None:
+    """Whether the queue and the claim that the user names are there."""
+    if request.queue and not cluster.get("localqueues.kueue.x-k8s.io", request.queue):
+        raise RequestError(f"--queue={request.queue}: there is no such LocalQueue in the namespace {cluster.namespace}")
+    if request.storage and "://" not in request.storage:
+        claims = cluster.get("persistentvolumeclaims", request.storage)
+        if not claims:
+            raise RequestError(f"--storage={request.storage}: there is no such claim in the namespace {cluster.namespace}")
+        modes = claims[0]["spec"]["accessModes"]
+        if num_workers(job) > 1 and "ReadWriteMany" not in modes:
+            raise RequestError(f"--storage={request.storage} is {', '.join(modes)}: several workers need ReadWriteMany")
+
+
+def _check_quota(cluster: Kubectl, job: Object) -> None:
+    quota.check(job, cluster.get_if_allowed("resourcequotas"), has_defaults=bool(cluster.get_if_allowed("limitranges")))
+
+
+def _create(cluster: Kubectl, objects: Sequence[Object], *arguments: str, patience: float = 0) -> None:
+    deadline = time.monotonic() + patience
+    while objects:
+        try:
+            cluster.run(*_CREATE, *arguments, send=kubectl.objects_as_list(objects))
+            return
+        except KubectlError as error:
+            if time.monotonic() > deadline or "must be created before" not in str(error):
+                raise
+        time.sleep(1)
+
+
+def claims_of(found: Object) -> list[str]:
+    """The claims that an object's pods mount."""
+    return sorted({tree["claimName"] for tree in manifests.walk(found) if "claimName" in tree})
