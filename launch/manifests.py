@@ -17,6 +17,9 @@ _WORKLOADS = ("job", "jobset", "trainjob", "tfjob", "sweep")
 _BEFORE = ("tensorboard", "cpu", "spot", "storage-gcs", "storage-s3")
 _AFTER = ("kueue",)
 
+# libyaml's, ten times as quick, where PyYAML was built with it.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def folder() -> Path:
     """k8s/ of a checkout, or the copy of it in an installed package."""
@@ -70,7 +73,7 @@ def _add(path: Path, names: Sequence[str]) -> None:
 
 
 def _parse(text: str, overlay: str) -> list[Object]:
-    objects = [document for document in yaml.safe_load_all(text) if document]
+    objects = [document for document in yaml.load_all(text, _LOADER) if document]
     if not objects:
         raise RequestError(f"--overlay={overlay} makes no object")
     return objects

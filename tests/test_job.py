@@ -127,7 +127,7 @@ def test_finished_job_is_not_done_again(finished: Path, tiny_data: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.e2e)])
 def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weights(
     number: int, start_job, tmp_path: Path
 ) -> None:
@@ -183,6 +183,7 @@ def test_second_signal_ends_the_job_without_saving(start_job) -> None:
     assert not checkpoints_in(job.model_dir)
 
 
+@pytest.mark.e2e
 def test_killed_job_loses_at_most_checkpoint_every_steps(start_job) -> None:
     job = start_job(epochs=12)
     job.wait_for(lambda: job.step() >= 45, "step 45")

@@ -479,9 +479,17 @@ def test_cluster_that_does_not_answer_is_one_line_of_every_command(bench: Bench)
 # --- status, logs, tensorboard, delete ---
 
 
-@pytest.fixture
-def job(bench: Bench) -> Bench:
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The objects of a cluster to which the job digits was submitted."""
+    bench = Bench(tmp_path_factory.mktemp("submitted"))
     bench.works("submit", "--name=digits", "--overlay=cpu")
+    return (bench.folder / "objects.json").read_text()
+
+
+@pytest.fixture
+def job(bench: Bench, submitted: str) -> Bench:
+    (bench.folder / "objects.json").write_text(submitted)
     return bench
 
 

@@ -30,7 +30,7 @@ CRDS = os.environ.get("DIGITFLEET_CRDS", "")
 
 @functools.cache
 def objects(overlay: str) -> list[dict]:
-    return list(yaml.safe_load_all(kubectl.kustomize(K8S / "overlays" / overlay)))
+    return list(yaml.load_all(kubectl.kustomize(K8S / "overlays" / overlay), yaml.CSafeLoader))
 
 
 def with_component(component: str) -> list[dict]:
