@@ -22,11 +22,18 @@ def show(existing: Mapping[tuple[str, str], Object], objects: Sequence[Object]) 
     for found in objects:
         name = f"{found['kind']}/{found['metadata']['name']}"
         before = existing.get((found["kind"], found["metadata"]["name"]))
-        old = manifests.dump([_like(before, found)]) if before else ""
-        parts += difflib.unified_diff(
-            old.splitlines(), manifests.dump([found]).splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm=""
-        )
+        wanted = _without_empty(found)
+        old = manifests.dump([_like(before, wanted)]) if before else ""
+        new = manifests.dump([wanted])
+        parts += difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm="")
     return "\n".join(parts)
+
+
+def _without_empty(tree: Any) -> Any:
+    """Empty lists left out, as the cluster leaves them out."""
+    if isinstance(tree, dict):
+        return {key: _without_empty(value) for key, value in tree.items() if value != []}
+    return [_without_empty(one) for one in tree] if isinstance(tree, list) else tree
 
 
 def _like(live: Any, wanted: Any) -> Any:

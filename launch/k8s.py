@@ -63,7 +63,7 @@ def _define(values: flags.FlagValues, command: str) -> None:
     default = "" if command == "status" else "digitfleet"
     if command != "tensorboard":
         flags.DEFINE_string("name", default, "Name of the job" + ("; empty: all of them." if command == "status" else "."), **own)
-    flags.DEFINE_string("namespace", "", "Namespace. Empty: the context's.", **own)
+    flags.DEFINE_string("namespace", "", "Namespace. Empty: the context's.", short_name="n", **own)
     if command != "render":
         flags.DEFINE_string("context", "", "Context of the kubeconfig. Empty: the current one.", **own)
 

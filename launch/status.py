@@ -120,7 +120,8 @@ def look(cluster: Kubectl, workload: Object, pods: list[Object]) -> Status:
         if len(workers) < num_workers(workload):
             why = _last_warning(cluster, workload)
         if not any(worker.phase == "Running" for worker in workers):
-            state, why = "waiting", why or next((worker.why for worker in workers if worker.why), "no pods yet")
+            nothing = "its pods have no node yet" if workers else "no pods yet"
+            state, why = "waiting", why or next((worker.why for worker in workers if worker.why), nothing)
     return Status(
         name=workload["metadata"]["name"],
         kind=workload["kind"],

@@ -48,7 +48,8 @@ def submit(
             f"{taken[0]['kind']} {taken[0]['metadata']['name']} is there already: see `status`, give another --name, or "
             "--replace (the job saves, and goes on from its checkpoint)"
         )
-    missing = _missing(cluster, [found for found in objects if INSTANCE not in found["metadata"].get("labels", {})], say)
+    shared = [found for found in objects if INSTANCE not in found["metadata"].get("labels", {})]
+    missing = _missing(cluster, shared, num_workers(job), say)
     _check_surroundings(cluster, request, job)
     if not taken:
         _check_quota(cluster, job)
@@ -104,7 +105,7 @@ def _taken(cluster: Kubectl, objects: Sequence[Object], name: str) -> list[Objec
     return list(found.values())
 
 
-def _missing(cluster: Kubectl, shared: Sequence[Object], say: Callable[[str], None]) -> list[Object]:
+def _missing(cluster: Kubectl, shared: Sequence[Object], workers: int, say: Callable[[str], None]) -> list[Object]:
     """What jobs share and is not there yet. What is there is used as it is.
 
     Raises:
@@ -124,7 +125,7 @@ def _missing(cluster: Kubectl, shared: Sequence[Object], say: Callable[[str], No
             missing.append(found)
             continue
         modes = found.get("spec", {}).get("accessModes", [])
-        if kind == "PersistentVolumeClaim" and not set(modes) <= set(live[0]["spec"].get("accessModes", modes)):
+        if kind == "PersistentVolumeClaim" and workers > 1 and not set(modes) <= set(live[0]["spec"].get("accessModes", modes)):
             raise RequestError(
                 f"the claim {name} is there with {', '.join(live[0]['spec']['accessModes'])}, and this job needs "
                 f"{', '.join(modes)}: name another one with --storage"
