@@ -26,6 +26,12 @@ def show(existing: Mapping[tuple[str, str], Object], objects: Sequence[Object]) 
         old = manifests.dump([_like(before, wanted)]) if before else ""
         new = manifests.dump([wanted])
         parts += difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm="")
+    gone = {key: live for key, live in existing.items() if key not in {(one["kind"], one["metadata"]["name"]) for one in objects}}
+    for (kind, name), live in gone.items():
+        old = manifests.dump([{"kind": kind, "metadata": {"name": name}, "spec": live.get("spec", {})}])
+        parts += difflib.unified_diff(
+            old.splitlines(), [], f"{kind}/{name} (cluster)", f"{kind}/{name} (removed)", n=2, lineterm=""
+        )
     return "\n".join(parts)
 
 
@@ -41,5 +47,9 @@ def _like(live: Any, wanted: Any) -> Any:
     if isinstance(live, dict) and isinstance(wanted, dict):
         return {key: _like(live[key], value) for key, value in wanted.items() if key in live}
     if isinstance(live, list) and isinstance(wanted, list):
+        # Variables, containers and volumes are known by their names, in whatever order.
+        names = [one.get("name") if isinstance(one, dict) else None for one in wanted]
+        if all(names):
+            live = sorted(live, key=lambda one: names.index(one["name"]) if one.get("name") in names else len(names))
         return [_like(one, other) for one, other in zip(live, wanted, strict=False)] + live[len(wanted) :]
     return live

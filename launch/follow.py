@@ -60,6 +60,11 @@ class _Logs:
             if not self._follow:
                 self._logs[uid].join()
 
+    @property
+    def any(self) -> bool:
+        """Whether there was anything to read."""
+        return bool(self._logs)
+
     def join(self) -> None:
         for log in self._logs.values():
             log.join()
@@ -110,6 +115,8 @@ def logs(
             if not job:
                 raise JobError(f"{name} is gone")
         opened.join()
+    if not follow and not opened.any and report.state == "waiting":
+        say(f"{name} waits, and has printed nothing: {report.why}")
     if follow and report.state == "failed":
         raise JobError(f"{name} failed: {report.why}")
 

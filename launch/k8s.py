@@ -11,6 +11,7 @@ What follows `--` are flags of trainer.task. A job of the same name goes on wher
 volume is /data/runs/NAME.
 """
 
+import dataclasses
 import json
 import sys
 import threading
@@ -23,11 +24,14 @@ from rich.table import Table
 
 from launch import follow, manifests, status, submission, workload
 from launch.kubectl import Kubectl
-from launch.request import Request, render
+from launch.request import COMPONENTS, Request, check_names, namespace_of, render
 from trainer import cli
+from trainer.config import Config
 from trainer.errors import RequestError
 
 _PROGRAM = "launch.k8s"
+# Of a ConfigMap, with room for its keys.
+_MOST_TRIAL_BYTES = 900_000
 
 
 def _define(values: flags.FlagValues, command: str) -> None:
@@ -37,7 +41,7 @@ def _define(values: flags.FlagValues, command: str) -> None:
         flags.DEFINE_string(
             "overlay", "multi-worker", f"{', '.join(manifests.overlays())}, or the path of an overlay of yours (./mine).", **own
         )
-        flags.DEFINE_list("components", [], "Further components, separated by commas: tensorboard, cpu, spot.", **own)
+        flags.DEFINE_list("components", [], f"Further components, separated by commas: {', '.join(COMPONENTS)}.", **own)
         flags.DEFINE_string("image", "", "Image of the job, as the cluster's nodes pull it. Empty: the overlay's.", **own)
         flags.DEFINE_integer("workers", None, "Pods; of a sweep, trials at a time. Unset: the overlay's.", lower_bound=1, **own)
         flags.DEFINE_integer("gpus_per_worker", None, "GPUs of each pod. Unset: the overlay's.", lower_bound=0, **own)
@@ -57,7 +61,7 @@ def _define(values: flags.FlagValues, command: str) -> None:
         flags.DEFINE_enum("format", "text", ["text", "json"], "text for people, json for programs.", **own)
     if command == "logs":
         flags.DEFINE_boolean("follow", False, "Go on until the job ends, with the pods that come meanwhile.", **own)
-        flags.DEFINE_integer("tail", -1, "Lines of each pod to begin with. -1: all.", **own)
+        flags.DEFINE_integer("tail", -1, "Lines of each pod to begin with. -1: all.", lower_bound=-1, **own)
     if command == "tensorboard":
         flags.DEFINE_integer("port", 6006, "Port on this machine.", lower_bound=1, upper_bound=65535, **own)
     default = "" if command == "status" else "digitfleet"
@@ -94,14 +98,20 @@ def _trials(path: str) -> tuple[tuple[str, ...], ...]:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--trials={path} cannot be read: {error}") from error
-    trials = tuple(tuple(line.split()) for line in lines if line.strip() and not line.startswith("#"))
+    trials = tuple(tuple(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if sum(map(len, lines)) > _MOST_TRIAL_BYTES:
+        raise RequestError(
+            f"--trials={path} is longer than {_MOST_TRIAL_BYTES} characters, which Kubernetes takes at once: split it"
+        )
     if not trials:
         raise RequestError(f"--trials={path} has no trial: expected flags of trainer.task, one trial a line")
     return trials
 
 
-def _cluster() -> Kubectl:
-    cluster = Kubectl(flags.FLAGS.context, flags.FLAGS.namespace, _say)
+def _cluster(namespace: str = "") -> Kubectl:
+    values = flags.FLAGS
+    check_names(values.name if "name" in values else "", values.namespace)
+    cluster = Kubectl(values.context, values.namespace or namespace, _say)
     cluster.check()
     return cluster
 
@@ -126,8 +136,7 @@ def _render(task: list[str]) -> None:
 def _submit(task: list[str]) -> None:
     values = flags.FLAGS
     # Before the cluster is asked: a mistake is told at once, and without one.
-    render(_request(task, values.namespace))
-    cluster = _cluster()
+    cluster = _cluster(namespace_of(render(_request(task, values.namespace))))
     request = _request(task, cluster.namespace)
     made = submission.submit(cluster, request, replace=values.replace, dry_run=values.dry_run, show=print, say=_say)
     for found in made:
@@ -160,7 +169,8 @@ def _print_status(report: status.Status) -> None:
     running = sum(worker.phase == "Running" for worker in report.workers)
     why = f": {report.why}" if report.why else ""
     again = f", {report.restarts} times started again" if report.restarts else ""
-    print(f"{report.name}: {report.kind}, {report.state}, {running} of {report.num_workers} workers running{again}{why}")
+    done = f", {report.done} done" if report.done else ""
+    print(f"{report.name}: {report.kind}, {report.state}, {running} of {report.num_workers} workers running{done}{again}{why}")
     console = Console(width=None if sys.stdout.isatty() else 240)
     table = Table(box=None, pad_edge=False)
     for heading in ("worker", "phase", "restarts", "node", "why"):
@@ -203,17 +213,26 @@ def _tensorboard(task: list[str]) -> None:
 
 def _delete(task: list[str]) -> None:
     _expect_no_task(task)
-    cluster = _cluster()
-    found = status.find(cluster, flags.FLAGS.name)
-    name = found["metadata"]["name"]
-    submission.end(cluster, [found, *submission.belonging(cluster, name)])
-    where = "".join(f" on the claim {claim}" for claim in submission.claims_of(found))
-    _say(f"deleted {found['kind']} {name}; its run stays in runs/{name}{where}")
+    cluster, name = _cluster(), flags.FLAGS.name
+    leftovers = submission.belonging(cluster, name)
+    try:
+        found = [status.find(cluster, name)]
+    except RequestError:
+        # A job that was deleted by other means, or after its week, leaves what guarded it.
+        if not leftovers:
+            raise
+        found = []
+    if found:
+        _say(f"ending {name}: its pods save their state")
+    submission.end(cluster, [*found, *leftovers])
+    place = submission.place_of(found[0]) if found else ""
+    _say(f"deleted {name}" + (f"; its run stays: {place}" if place else ""))
 
 
 def _expect_no_task(task: list[str]) -> None:
     if task:
-        raise RequestError(f"unexpected argument {task[0]!r}: flags of the task go with render and submit")
+        name = "" if task[0].startswith("-") else f"; a job's name goes as --name {task[0]}"
+        raise RequestError(f"unexpected argument {task[0]!r}: flags of the task go with render and submit{name}")
 
 
 def _say(text: str) -> None:
@@ -246,7 +265,18 @@ def _command(arguments: list[str]) -> str:
     return command
 
 
+def _check_places(arguments: Sequence[str]) -> None:
+    """Whether the flags of the task stand behind `--`: which is the first that everybody forgets."""
+    own = arguments[1 : arguments.index("--")] if "--" in arguments else arguments[1:]
+    names = {argument.lstrip("-").partition("=")[0] for argument in own if argument.startswith("-")}
+    fields = {field.name for field in dataclasses.fields(Config)} | {f"no{field.name}" for field in dataclasses.fields(Config)}
+    if misplaced := sorted((names & fields) - set(flags.FLAGS)):
+        _say(f"--{misplaced[0]} is a flag of the task: those go behind `--`, as in launch.k8s submit --name a -- --preset fast")
+        sys.exit(2)
+
+
 if __name__ == "__main__":
     chosen = _command(sys.argv)
     _define(flags.FLAGS, chosen)
+    _check_places(sys.argv)
     cli.run(f"{_PROGRAM} {chosen}", _COMMANDS[chosen])

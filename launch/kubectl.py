@@ -39,11 +39,14 @@ class KubectlError(RequestError):
     Attributes:
         not_found: because there is no such object, or kind of object.
         forbidden: because this user may not.
+        exists: because there is such an object already.
+        over_quota: because the namespace's quota has no room.
     """
 
-    def __init__(self, text: str, *, not_found: bool = False, forbidden: bool = False) -> None:
+    def __init__(self, text: str, said: str = "") -> None:
         super().__init__(text)
-        self.not_found, self.forbidden = not_found, forbidden
+        self.not_found, self.forbidden = bool(_MISSING.search(said)), bool(_FORBIDDEN.search(said))
+        self.exists, self.over_quota = "(AlreadyExists)" in said, "exceeded quota" in said
 
 
 def program() -> str:
@@ -148,15 +151,15 @@ class Kubectl:
 
 
 def explain(stderr: str) -> KubectlError:
-    """What to tell a user about a failed call, from what kubectl has written."""
+    """What to tell a user about a failed call, from what kubectl has written: the first cause, which the others follow from."""
     lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("Warning:")]
-    whole, text = " ".join(lines), " ".join(lines[-3:]) or "kubectl failed without a word"
-    causes = {"not_found": bool(_MISSING.search(whole)), "forbidden": bool(_FORBIDDEN.search(whole))}
-    for pattern, message in _KNOWN:
-        if match := re.search(pattern, whole):
-            return KubectlError(message.format(*filter(None, match.groups())), **causes)
-    text = re.sub(r"^(error|Error from server \(\w+\)): ", "", text)
-    return KubectlError(f"kubectl: {text}", **causes)
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    for line in lines:
+        for pattern, message in _KNOWN:
+            if match := re.search(pattern, line):
+                return KubectlError(message.format(*filter(None, match.groups())), line)
+    first = re.sub(r"^(error|Error from server \(\w+\)): ", "", lines[0]) if lines else "it failed without a word"
+    return KubectlError(f"kubectl: {first}{more}", stderr)
 
 
 def resource_of(found: Object) -> str:

@@ -50,7 +50,10 @@ def build(overlay: str, components: Sequence[str] = ()) -> list[Object]:
     if own and not Path(overlay).is_dir():
         raise RequestError(f"--overlay={overlay}: there is no such folder")
     if not own and overlay not in overlays():
-        raise RequestError(f"--overlay={overlay}: expected one of {', '.join(overlays())}, or the path of a folder (./mine)")
+        there = f"; for the folder of that name, give ./{overlay}" if Path(overlay).is_dir() else ""
+        raise RequestError(
+            f"--overlay={overlay}: expected one of {', '.join(overlays())}, or the path of a folder (./mine){there}"
+        )
     if own:
         return _parse(kubectl.kustomize(Path(overlay)), overlay)
     with tempfile.TemporaryDirectory(prefix="digitfleet-") as temporary:

@@ -1,38 +1,41 @@
 """Whether a namespace's quota has room for a job: otherwise its pods would be refused one by one, where nobody looks."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 from launch.kubectl import Object
 from launch.quantities import quantity
-from launch.workload import main_container, num_workers
+from launch.workload import KINDS, main_container, num_workers
 from trainer.errors import RequestError
 
 # Under a quota of these, pods that do not say how much they take are refused.
 _MUST_BE_SAID = ("limits.cpu", "limits.memory", "requests.cpu", "requests.memory", "cpu", "memory")
 
 
-def check(workload: Object, quotas: Sequence[Object], *, has_defaults: bool) -> None:
-    """Whether all workers fit.
+def check(objects: Sequence[Object], quotas: Sequence[Object], *, has_defaults: bool, freed: Sequence[Object] = ()) -> None:
+    """Whether all of a job fits.
 
     Args:
-        workload: what is to run.
+        objects: what is to be made.
         quotas: the ResourceQuota objects of its namespace.
         has_defaults: whether the namespace gives pods what they do not say (LimitRange).
+        freed: what is there and goes first.
 
     Raises:
         RequestError: they do not; the message has the figures.
     """
-    needs = dict(_needs(workload))
+    needs, gives = (_needs(some) for some in (objects, freed))
     for found in quotas:
         name, status = found["metadata"]["name"], found.get("status", {})
         scopes = found["spec"].get("scopes") or found["spec"].get("scopeSelector")
         for resource, most in ({} if scopes else status.get("hard", {})).items():
             used = quantity(status.get("used", {}).get(resource, "0"))
-            need = needs.get(resource, Decimal(0))
-            if need and used + need > quantity(most):
+            need, left = needs.get(resource, Decimal(0)), quantity(most) - used + gives.get(resource, Decimal(0))
+            if need > left:
                 raise RequestError(
-                    f"the quota {name} has {quantity(most) - used:f} of {resource} left, this job needs {need:f}: ask for fewer "
+                    f"the quota {name} has {left:f} of {resource} left, this job needs {need:f}: ask for fewer "
                     "workers or GPUs, or for more quota"
                 )
             if not need and not has_defaults and resource in _MUST_BE_SAID:
@@ -42,18 +45,30 @@ def check(workload: Object, quotas: Sequence[Object], *, has_defaults: bool) -> 
                 )
 
 
-def _needs(workload: Object) -> Iterator[tuple[str, Decimal]]:
-    """What the job takes from a quota, by the names that quotas use."""
+def _needs(objects: Sequence[Object]) -> dict[str, Decimal]:
+    """What objects take from a quota, by the names that quotas use."""
+    totals: Counter[str] = Counter()
+    for found in objects:
+        kind = found["kind"]
+        group = found["apiVersion"].rpartition("/")[0]
+        plural = "networkpolicies" if kind == "NetworkPolicy" else f"{kind.lower()}s"
+        totals[f"count/{plural}.{group}" if group else f"count/{plural}"] += 1
+        if not group:
+            totals[plural] += 1
+        if kind in KINDS:
+            totals.update(_needs_of_pods(found))
+    return {name: Decimal(amount) for name, amount in totals.items()}
+
+
+def _needs_of_pods(workload: Object) -> dict[str, Any]:
     workers = num_workers(workload)
     container = main_container(workload)
     resources = container.get("resourcesPerNode") or container.get("resources", {})
     limits, requests = resources.get("limits", {}), resources.get("requests", {})
-    yield "pods", Decimal(workers)
+    totals: dict[str, Any] = {"pods": workers}
     # What has a limit and no request requests its limit.
     for name, amount in {**limits, **requests}.items():
-        total = quantity(str(amount)) * workers
-        yield f"requests.{name}", total
+        totals[f"requests.{name}"] = quantity(str(amount)) * workers
         if name in ("cpu", "memory"):
-            yield name, total
-    for name, amount in limits.items():
-        yield f"limits.{name}", quantity(str(amount)) * workers
+            totals[name] = totals[f"requests.{name}"]
+    return totals | {f"limits.{name}": quantity(str(amount)) * workers for name, amount in limits.items()}

@@ -1,6 +1,7 @@
 """One user's job out of an overlay's objects: its name, image, size, volume and flags, all checked before anything is sent."""
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -13,11 +14,13 @@ from launch.workload import (
     INSTANCE,
     JOBSET_NAME,
     KINDS,
+    OURS,
     QUEUE,
     TRIAL_FLAG,
     at,
     containers,
     find_workload,
+    is_ours,
     is_sweep,
     main_container,
     num_workers,
@@ -42,7 +45,13 @@ _IMAGE = re.compile(
 )
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
-_BUCKET = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?")
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html and Google's own rules, which allow underscores.
+_BUCKETS = (
+    re.compile(r"(gs)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?"),
+    re.compile(r"(s3)://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/?"),
+)
+# What `--components` takes; components for buckets come by `--storage`, which names the bucket.
+COMPONENTS = ("tensorboard", "cpu", "spot", "kueue")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +96,13 @@ def render(request: Request) -> list[Object]:
         RequestError: something in it cannot be; the message names the flag.
     """
     _check_words(request)
-    bucket = _BUCKET.fullmatch(request.storage)
+    bucket = next((match for pattern in _BUCKETS if (match := pattern.fullmatch(request.storage))), None)
     if "://" in request.storage and not bucket:
         raise RequestError(f"--storage={request.storage}: expected a claim's name, gs://BUCKET or s3://BUCKET")
     extra = [{"gs": "storage-gcs", "s3": "storage-s3"}[bucket[1]]] if bucket else []
     objects = manifests.build(request.overlay, [*request.components, *extra])
     workload = find_workload(objects)
+    _check_overlay(request, objects, workload)
     if workload:
         _fill(objects, workload, request)
     for found in objects if request.image else ():
@@ -111,14 +121,49 @@ def render(request: Request) -> list[Object]:
     return objects
 
 
+def check_names(name: str, namespace: str) -> None:
+    """Whether a job and a namespace can be called so; an empty one is none.
+
+    Raises:
+        RequestError: one cannot.
+    """
+    if name and (len(name) > _MOST_CHARACTERS or not re.fullmatch(r"[a-z](?:[a-z0-9-]*[a-z0-9])?", name)):
+        raise RequestError(
+            f"--name={name}: expected at most {_MOST_CHARACTERS} lower-case letters, digits and hyphens, a letter first"
+        )
+    if namespace and (len(namespace) > 63 or not _LABEL.fullmatch(namespace)):
+        raise RequestError(f"--namespace={namespace}: expected at most 63 lower-case letters, digits and hyphens")
+
+
+def namespace_of(objects: Sequence[Object]) -> str:
+    """The namespace that an overlay has given its objects; empty if none."""
+    return next((found["metadata"]["namespace"] for found in objects if "namespace" in found["metadata"]), "")
+
+
+def _check_overlay(request: Request, objects: Sequence[Object], workload: Object) -> None:
+    """Whether an overlay, which may be a user's own, is one that all this can be done with."""
+    where = f"--overlay={request.overlay}"
+    if not workload:
+        given = [flag for flag in ("workers", "gpus_per_worker", "queue", "trials", "task") if getattr(request, flag)]
+        if given:
+            raise RequestError(f"{where} trains nothing: there is nothing that --{given[0]} could be said of")
+        return
+    kind = workload["kind"]
+    try:
+        num_workers(workload), main_container(workload)["name" if kind != "TrainJob" else "args"]
+    except (KeyError, IndexError, TypeError, StopIteration) as error:
+        raise RequestError(f"{where}: its {kind} does not say how many workers there are, or has no container") from error
+    if not is_ours(workload) or INSTANCE not in workload["metadata"]["labels"]:
+        raise RequestError(f"{where}: its {kind} has lost the labels {OURS} and {INSTANCE}, by which a job is found again")
+    if request.namespace and namespace_of(objects) not in ("", request.namespace):
+        raise RequestError(f"--namespace={request.namespace}: {where} says {namespace_of(objects)}")
+
+
 def _check_words(request: Request) -> None:
     """Whether Kubernetes takes the names and quantities."""
-    if len(request.name) > _MOST_CHARACTERS or not re.fullmatch(r"[a-z](?:[a-z0-9-]*[a-z0-9])?", request.name):
-        raise RequestError(
-            f"--name={request.name}: expected at most {_MOST_CHARACTERS} lower-case letters, digits and hyphens, a letter first"
-        )
-    if request.namespace and (len(request.namespace) > 63 or not _LABEL.fullmatch(request.namespace)):
-        raise RequestError(f"--namespace={request.namespace}: expected at most 63 lower-case letters, digits and hyphens")
+    check_names(request.name, request.namespace)
+    if unknown := [name for name in request.components if name not in COMPONENTS]:
+        raise RequestError(f"--components={unknown[0]}: expected some of {', '.join(COMPONENTS)}; for buckets there is --storage")
     if request.queue and not _SUBDOMAIN.fullmatch(request.queue):
         raise RequestError(f"--queue={request.queue}: expected a LocalQueue's name")
     if request.image and not _IMAGE.fullmatch(request.image):
@@ -137,10 +182,10 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     config = task_config(_task_flags(workload, request.task))
     container = main_container(workload)
     _set_resources(container, request)
-    if request.trials:
-        _set_trials(objects, workload, request)
     if request.workers is not None:
         _set_workers(objects, workload, request.workers)
+    if request.trials:
+        _set_trials(objects, workload, request)
     _check_fit(config, workload)
     _check_paths(config, objects, workload, request.task)
     # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.
@@ -198,15 +243,17 @@ def _set_trials(objects: list[Object], workload: Object, request: Request) -> No
     if not (trials and is_sweep(workload)):
         raise RequestError(f"--trials: the overlay {request.overlay} is no sweep; take --overlay=sweep")
     for number, flags in enumerate(request.trials):
-        _check_trial(number, [*_task_flags(workload, request.task), *flags])
+        _check_trial(number, flags, objects, workload, request.task)
     trials["data"] = {str(number): "".join(f"{flag}\n" for flag in flags) for number, flags in enumerate(request.trials)}
     workload["spec"] |= {"completions": len(request.trials), "maxFailedIndexes": len(request.trials)}
     workload["spec"]["parallelism"] = min(len(request.trials), workload["spec"]["parallelism"])
 
 
-def _check_trial(number: int, flags: Sequence[str]) -> None:
+def _check_trial(number: int, flags: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]) -> None:
     try:
-        task_config(flags)
+        config = task_config([*_task_flags(workload, task), *flags])
+        _check_fit(config, workload)
+        _check_paths(config, objects, workload, flags)
     except RequestError as error:
         raise RequestError(f"--trials: trial {number}: {error}") from error
 
@@ -223,6 +270,8 @@ def _check_fit(config: Config, workload: Object) -> None:
     container = main_container(workload)
     resources = container.get("resourcesPerNode") or container.get("resources", {})
     gpus = int(resources.get("limits", {}).get(_GPU, 0))
+    if gpus and config.num_devices > gpus:
+        raise RequestError(f"--num_devices={config.num_devices}: a worker has {gpus} GPUs; see --gpus_per_worker")
     replicas = 1 if config.strategy == "one_device" else workers * (config.num_devices or gpus or 1)
     make_plan(config, config.global_batch_size, replicas)
 
@@ -233,15 +282,20 @@ def _check_paths(config: Config, objects: list[Object], workload: Object, given:
     Raises:
         RequestError: one is not.
     """
-    mounts = {mount["mountPath"] for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())}
+    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
+    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
+    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
+    readable = {mount["mountPath"] for mount in mounts}
     for flag in ("model_dir", "data_dir"):
         path = getattr(config, flag)
         named = any(re.match(rf"--?{flag}\b", argument) for argument in given)
         if named and flag == "model_dir" and is_sweep(workload):
             raise RequestError("--model_dir: each trial of a sweep has its own, /data/runs/NAME/NUMBER; leave it out")
-        parents = {str(parent) for parent in (PurePosixPath(path), *PurePosixPath(path).parents)}
-        if named and path and "://" not in path and not parents & (mounts - {"/tmp", "/dev/shm"}):
-            raise RequestError(f"--{flag}={path} is on no volume of the workers: expected a folder below /data")
+        clean = PurePosixPath(posixpath.normpath(path))
+        parents = {str(parent) for parent in (clean, *clean.parents)}
+        if named and path and "://" not in path and not parents & (writable if flag == "model_dir" else readable):
+            kind = "no volume of the workers that can be written" if flag == "model_dir" else "no volume of the workers"
+            raise RequestError(f"--{flag}={path} is on {kind}: expected a folder below /data")
 
 
 def _rename(objects: list[Object], old: str, new: str) -> None:

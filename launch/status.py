@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from launch.kubectl import Kubectl, KubectlError, Object
-from launch.workload import INSTANCE, KINDS, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector
+from launch.workload import INSTANCE, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector
 from trainer.errors import RequestError
 
 _RESOURCES = {
@@ -14,6 +14,9 @@ _RESOURCES = {
     "JobSet": "jobsets.jobset.x-k8s.io",
     "Job": "jobs.batch",
 }
+# Conditions of a Job, JobSet, TrainJob and TFJob.
+_COMPLETE = ("Complete", "Completed", "SuccessCriteriaMet", "Succeeded")
+_FAILED = ("Failed", "FailureTarget")
 _INDEX_LABELS = ("batch.kubernetes.io/job-completion-index", "training.kubeflow.org/replica-index")
 # A line that trainer.task prints while it trains; trainer/console.py.
 _PROGRESS = re.compile(
@@ -52,7 +55,8 @@ class Status:
         kind: Job, JobSet, TrainJob or TFJob.
         state: waiting, running, complete or failed.
         why: what Kubernetes says of that; may be empty.
-        num_workers: that there should be.
+        num_workers: that there should be; of a sweep, its trials.
+        done: that have ended well.
         restarts: of all workers together, where the kind of job has that.
         workers: those that have a pod.
         progress: step, epoch, images_per_second and seconds_left as the chief has last printed them; of a sweep, empty.
@@ -64,6 +68,7 @@ class Status:
     state: str
     why: str
     num_workers: int
+    done: int
     restarts: int
     workers: list[Worker]
     progress: dict[str, float | None]
@@ -72,7 +77,7 @@ class Status:
 
 def holders(cluster: Kubectl, name: str) -> list[Object]:
     """What has a job's name: of ours one at most, and perhaps jobs of others."""
-    return [one for kind in KINDS for one in cluster.get_if_allowed(_RESOURCES[kind], name) if not _is_child(one)]
+    return [one for one in _search(cluster, name) if not _is_child(one)]
 
 
 def find(cluster: Kubectl, name: str) -> Object:
@@ -90,8 +95,18 @@ def find(cluster: Kubectl, name: str) -> Object:
 
 def find_all(cluster: Kubectl) -> list[Object]:
     """Every job of ours in the namespace."""
-    selected = f"--selector={OURS},{INSTANCE}"
-    return [one for kind in KINDS for one in cluster.get_if_allowed(_RESOURCES[kind], selected) if not _is_child(one)]
+    return [one for one in _search(cluster, f"--selector={OURS},{INSTANCE}") if not _is_child(one)]
+
+
+def _search(cluster: Kubectl, argument: str) -> list[Object]:
+    """What all kinds of jobs have.
+
+    Raises:
+        KubectlError: this user may look at none of them.
+    """
+    found = [one for resource in _RESOURCES.values() for one in cluster.get_if_allowed(resource, argument)]
+    # Plain Jobs are known everywhere: who may not even look at them may look at nothing, and is to know.
+    return found or cluster.get(_RESOURCES["Job"], argument)
 
 
 def refresh(cluster: Kubectl, workload: Object) -> Object:
@@ -121,13 +136,15 @@ def look(cluster: Kubectl, workload: Object, pods: list[Object]) -> Status:
             why = _last_warning(cluster, workload)
         if not any(worker.phase == "Running" for worker in workers):
             nothing = "its pods have no node yet" if workers else "no pods yet"
-            state, why = "waiting", why or next((worker.why for worker in workers if worker.why), nothing)
+            waiting = [worker.why for worker in workers if worker.phase != "Succeeded" and worker.why]
+            state, why = "waiting", why or next(iter(waiting), nothing)
     return Status(
         name=workload["metadata"]["name"],
         kind=workload["kind"],
         state=state,
         why=why,
-        num_workers=num_workers(workload),
+        num_workers=int(workload["spec"]["completions"]) if is_sweep(workload) else num_workers(workload),
+        done=sum(worker.phase == "Succeeded" for worker in workers),
         restarts=0,
         workers=workers,
         progress={},
@@ -171,7 +188,9 @@ def _worker(pods: list[Object]) -> Worker:
         if waiting and waiting.get("reason") not in ("ContainerCreating", "PodInitializing"):
             phase, why = waiting["reason"], waiting.get("message", "")
         elif ended:
-            why = why or f"{ended.get('reason', 'ended')}, exit code {ended['exitCode']}"
+            # The last lines of its log, where the manifest asks for them: of a request that cannot be met, what is wrong.
+            said = (ended.get("message", "").strip().splitlines() or [""])[-1] if ended["exitCode"] else ""
+            why = why or f"{ended.get('reason', 'ended')}, exit code {ended['exitCode']}" + (f": {said}" if said else "")
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             why = condition.get("message", "")
@@ -190,16 +209,21 @@ def _worker(pods: list[Object]) -> Worker:
     )
 
 
+def has_ended(workload: Object) -> bool:
+    """Whether nothing of a job runs any more."""
+    return any(condition["type"] in (*_COMPLETE, *_FAILED) for condition in _true_conditions(workload))
+
+
+def _true_conditions(workload: Object) -> list[Object]:
+    return [condition for condition in workload.get("status", {}).get("conditions", []) if condition["status"] == "True"]
+
+
 def _state(cluster: Kubectl, workload: Object) -> tuple[str, str]:
-    status = workload.get("status", {})
-    for condition in status.get("conditions", []):
-        if condition["status"] != "True":
-            continue
-        text = " ".join(condition.get("message", condition.get("reason", "")).split())
-        if condition["type"] in ("Complete", "Completed", "SuccessCriteriaMet", "Succeeded"):
+    for condition in _true_conditions(workload):
+        if condition["type"] in _COMPLETE:
             return "complete", ""
-        if condition["type"] in ("Failed", "FailureTarget"):
-            return "failed", text
+        if condition["type"] in _FAILED:
+            return "failed", " ".join(str(condition.get("message", condition.get("reason", ""))).split())
     spec = workload["spec"]
     if spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"):
         return "waiting", _why_suspended(cluster, workload)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from launch import difference, kubectl, manifests, quota, status
 from launch.kubectl import Kubectl, KubectlError, Object
 from launch.request import Request, render
-from launch.workload import INSTANCE, KINDS, OURS, find_workload, is_ours, num_workers, own
+from launch.workload import INSTANCE, KINDS, OURS, OWN_KINDS, QUEUE, find_workload, is_ours, main_container, num_workers, own
 from trainer.errors import RequestError
 
 _BELONGING = "services,networkpolicies,poddisruptionbudgets,configmaps"
@@ -43,18 +43,20 @@ def submit(
     if not job:
         raise RequestError(f"--overlay={request.overlay} trains nothing: send what `render` prints with kubectl apply -f -")
     taken = _taken(cluster, objects, request.name)
-    if taken and not (replace or dry_run):
+    running = [found for found in taken if found["kind"] in KINDS]
+    if running and not (replace or dry_run):
         raise RequestError(
-            f"{taken[0]['kind']} {taken[0]['metadata']['name']} is there already: see `status`, give another --name, or "
+            f"{running[0]['kind']} {request.name} is there already: see `status`, give another --name, or "
             "--replace (the job saves, and goes on from its checkpoint)"
         )
-    shared = [found for found in objects if INSTANCE not in found["metadata"].get("labels", {})]
-    missing = _missing(cluster, shared, num_workers(job), say)
-    _check_surroundings(cluster, request, job)
-    if not taken:
-        _check_quota(cluster, job)
-    # A policy before those that it guards.
+    # A policy before those that it guards, and what trains at last.
     ours = sorted(own(objects), key=lambda found: (found is job, found["kind"] != "NetworkPolicy"))
+    missing = _missing(cluster, [found for found in objects if found not in ours], num_workers(job), say)
+    _check_surroundings(cluster, request, job)
+    quotas, has_defaults = cluster.get_if_allowed("resourcequotas"), bool(cluster.get_if_allowed("limitranges"))
+    quota.check(
+        [*missing, *ours], quotas, has_defaults=has_defaults, freed=[found for found in taken if not status.has_ended(found)]
+    )
     if dry_run:
         existing = {(found["kind"], found["metadata"]["name"]): found for found in taken}
         show(difference.show(existing, [*missing, *ours]) or "nothing would change")
@@ -68,12 +70,20 @@ def submit(
         return []
     if needs_runtime:
         _create(cluster, missing)
-    _create(cluster, probe, "--dry-run=server", patience=_SEEN_WITHIN_SECS if needs_runtime else 0)
+    try:
+        _create(cluster, probe, "--dry-run=server", patience=_SEEN_WITHIN_SECS if needs_runtime else 0)
+    except KubectlError as error:
+        # Counted above, without what goes first: it does so beside it.
+        if not (taken and error.over_quota):
+            raise
     if taken:
-        say(f"ending {request.name}: its pods save their state")
+        say(
+            f"ending {request.name}: its pods save their state"
+            if running
+            else f"removing what is left of an earlier {request.name}"
+        )
         end(cluster, taken)
-    _create(cluster, [] if needs_runtime else missing)
-    _create(cluster, ours)
+    _create_or_take_back(cluster, [] if needs_runtime else missing, ours)
     return [*missing, *ours]
 
 
@@ -83,9 +93,13 @@ def belonging(cluster: Kubectl, name: str) -> list[Object]:
 
 
 def end(cluster: Kubectl, objects: Sequence[Object]) -> None:
-    """Deletes a job, and then what guards it: its pods have their grace period to save in, behind their policy."""
+    """Deletes a job, and then what guards it: its pods have their grace period to save in, behind their policy.
+
+    What is no job's own, such as a volume, is never deleted.
+    """
     command = ("delete", "--ignore-not-found", "--cascade=foreground", "--wait", "--timeout=10m", "--filename=-")
-    for some in ([one for one in objects if one["kind"] in KINDS], [one for one in objects if one["kind"] not in KINDS]):
+    deletable = [found for found in objects if found["kind"] in OWN_KINDS]
+    for some in ([one for one in deletable if one["kind"] in KINDS], [one for one in deletable if one["kind"] not in KINDS]):
         if some:
             cluster.run(*command, send=kubectl.objects_as_list(some))
 
@@ -97,9 +111,10 @@ def _taken(cluster: Kubectl, objects: Sequence[Object], name: str) -> list[Objec
         RequestError: it is not ours.
     """
     by_name = [*status.holders(cluster, name), *cluster.get("--filename=-", send=kubectl.objects_as_list(own(objects)))]
-    if foreign := [found for found in by_name if not is_ours(found)]:
+    foreign = [found for found in by_name if not is_ours(found) or found["metadata"]["labels"].get(INSTANCE) != name]
+    if foreign:
         raise RequestError(
-            f"{foreign[0]['kind']} {foreign[0]['metadata']['name']} is there, and not digitfleet's: give another --name"
+            f"{foreign[0]['kind']} {foreign[0]['metadata']['name']} is there, and not of a job of this name: give another --name"
         )
     found = {(one["kind"], one["metadata"]["name"]): one for one in [*by_name, *belonging(cluster, name)]}
     return list(found.values())
@@ -137,14 +152,17 @@ def _missing(cluster: Kubectl, shared: Sequence[Object], workers: int, say: Call
                 "the one that `render` prints, or take --overlay=jobset"
             )
         if differs and kind != "PersistentVolumeClaim":
-            say(f"{kind} {name} is there already, not as this job would make it, and is used as it is")
+            claims = sorted({tree["claimName"] for tree in manifests.walk(live[0]) if "claimName" in tree})
+            reads = f" (it reads the claim {', '.join(claims)})" if claims else ""
+            say(f"{kind} {name} is there already, not as this job would make it, and stays as it is{reads}")
     return missing
 
 
 def _check_surroundings(cluster: Kubectl, request: Request, job: Object) -> None:
-    """Whether the queue and the claim that the user names are there."""
-    if request.queue and not cluster.get("localqueues.kueue.x-k8s.io", request.queue):
-        raise RequestError(f"--queue={request.queue}: there is no such LocalQueue in the namespace {cluster.namespace}")
+    """Whether the queue and the claim that the job names are there."""
+    queue = job["metadata"]["labels"].get(QUEUE)
+    if queue and not cluster.get("localqueues.kueue.x-k8s.io", queue):
+        raise RequestError(f"--queue={queue}: there is no such LocalQueue in the namespace {cluster.namespace}")
     if request.storage and "://" not in request.storage:
         claims = cluster.get("persistentvolumeclaims", request.storage)
         if not claims:
@@ -154,8 +172,17 @@ def _check_surroundings(cluster: Kubectl, request: Request, job: Object) -> None
             raise RequestError(f"--storage={request.storage} is {', '.join(modes)}: several workers need ReadWriteMany")
 
 
-def _check_quota(cluster: Kubectl, job: Object) -> None:
-    quota.check(job, cluster.get_if_allowed("resourcequotas"), has_defaults=bool(cluster.get_if_allowed("limitranges")))
+def _create_or_take_back(cluster: Kubectl, shared: Sequence[Object], ours: Sequence[Object]) -> None:
+    """Makes all objects, or none: `kubectl create` goes on after an error, and objects may fit one by one, but not together."""
+    *guards, job = ours
+    try:
+        for some in (shared, guards, [job]):
+            _create(cluster, some)
+    except KubectlError as error:
+        # Somebody else was quicker: then it is theirs.
+        if not error.exists:
+            end(cluster, ours)
+        raise
 
 
 def _create(cluster: Kubectl, objects: Sequence[Object], *arguments: str, patience: float = 0) -> None:
@@ -170,6 +197,15 @@ def _create(cluster: Kubectl, objects: Sequence[Object], *arguments: str, patien
         time.sleep(1)
 
 
-def claims_of(found: Object) -> list[str]:
-    """The claims that an object's pods mount."""
-    return sorted({tree["claimName"] for tree in manifests.walk(found) if "claimName" in tree})
+def place_of(job: Object) -> str:
+    """Where a job's run is, in words; empty where it does not say."""
+    flags = [flag for flag in main_container(job).get("args", []) if flag.startswith("--model_dir=")]
+    if not flags:
+        return ""
+    folder = (
+        flags[-1].partition("=")[2].replace("$(DIGITFLEET_JOB)", job["metadata"]["name"]).replace("$(JOB_COMPLETION_INDEX)", "*")
+    )
+    volumes = [volume for tree in manifests.walk(job) for volume in tree.get("volumes", ()) if volume["name"] == "data"]
+    claims = [tree["claimName"] for tree in manifests.walk(volumes) if "claimName" in tree]
+    buckets = [tree["bucketName"] for tree in manifests.walk(volumes) if "bucketName" in tree]
+    return folder + (f" on the claim {claims[0]}" if claims else f" in the bucket {buckets[0]}" if buckets else "")

@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[tuple[str | int, ...], ...]] = {
     ),
     "Job": (("spec", "completions"), ("spec", "parallelism")),
 }
+OWN_KINDS = (*KINDS, "Service", "NetworkPolicy", "PodDisruptionBudget", "ConfigMap")
 # Where a trial's flags are, in k8s/components/sweep.
 TRIAL_FLAG = "--flagfile=/trials/"
 
@@ -31,8 +32,11 @@ def find_workload(objects: Sequence[Object]) -> Object:
 
 
 def own(objects: Sequence[Object]) -> list[Object]:
-    """The objects that belong to one job; what is left, such as the volume, is shared by all of a namespace or a cluster."""
-    return [found for found in objects if INSTANCE in found["metadata"].get("labels", {})]
+    """The objects that belong to one job; what is left, such as the volume, is shared by all of a namespace or a cluster.
+
+    By kind, too: whatever labels an overlay adds, a volume is never a job's own.
+    """
+    return [found for found in objects if found["kind"] in OWN_KINDS and INSTANCE in found["metadata"].get("labels", {})]
 
 
 def is_ours(found: Object) -> bool:

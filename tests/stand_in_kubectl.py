@@ -1,13 +1,14 @@
 """Stands for kubectl and a cluster in tests of launch.k8s: keeps objects in a file, and says what kubectl says.
 
-Its folder is in STAND_IN: `objects.json`, `logs/POD`, `calls` (the commands that it was given, one a line), and where a test
-wants that, `unknown` and `forbidden` (resource types that the cluster does not have, or does not show) and `fail` (what every
-call to the cluster ends with).
+Its folder is in STAND_IN: `objects.json`, `logs/POD` and `calls` (the commands that it was given, one a line). Where a test wants
+that, also `unknown` and `forbidden` (resource types that the cluster does not have, or does not show), `full` (kinds that a quota
+has no room for), `slow` (commands that take a minute) and `fail` (what every call to the cluster ends with).
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 FOLDER = Path(os.environ["STAND_IN"])
@@ -79,6 +80,8 @@ def create(options: dict[str, str], stored: list[dict]) -> None:
             fail(f'error: unable to recognize "STDIN": no matches for kind "{found["kind"]}" in version "{found["apiVersion"]}"')
         if key(found) in [key(one) for one in stored]:
             fail(f'Error from server (AlreadyExists): "{found["metadata"]["name"]}" already exists')
+    if "dry-run" not in options and any(found["kind"] in lines_of("full") for found in items):
+        fail('Error from server (Forbidden): error when creating "STDIN": jobs is forbidden: exceeded quota: q, used: jobs=1')
     if "dry-run" not in options:
         STORE.write_text(json.dumps(stored + items))
 
@@ -96,6 +99,8 @@ def main() -> None:
         return
     if (FOLDER / "fail").exists():
         fail((FOLDER / "fail").read_text())
+    if command in lines_of("slow"):
+        time.sleep(60)
     stored = json.loads(STORE.read_text()) if STORE.exists() else []
     if command == "get":
         get(words, options, stored)

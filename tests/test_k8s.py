@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,19 @@ class Bench:
         script.write_text(PYTHON + (ROOT / "tests" / "stand_in_kubectl.py").read_text())
         script.chmod(0o755)
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+    def _command(self, arguments: tuple[str, ...]) -> dict[str, Any]:
         environment = {
             **os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "STAND_IN": str(self.folder),
             "REAL_KUBECTL": str(Path(sys.executable).parent / "kubectl"),
         }  # fmt: skip
-        command = [sys.executable, "-m", "launch.k8s", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        return {"args": [sys.executable, "-m", "launch.k8s", *arguments], "cwd": ROOT, "env": environment, "text": True}
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(**self._command(arguments), capture_output=True, check=False, timeout=60)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        # Without the kubectl that it has started: Ctrl-C of a terminal reaches both.
+        return subprocess.Popen(**self._command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def fails(self, *arguments: str) -> str:
         """The one line that a refused call ends with."""
@@ -197,6 +205,8 @@ def test_sweep_has_the_trials_of_a_file(bench: Bench) -> None:
     job = find_workload(objects)
     assert (job["spec"]["completions"], job["spec"]["parallelism"], job["spec"]["maxFailedIndexes"]) == (3, 2, 3)
     # A trial's own flags come last: they count.
+    # No more at a time than there are.
+    assert find_workload(render(Request(overlay="sweep", workers=9, trials=(("--seed=1",),))))["spec"]["parallelism"] == 1
     assert [one.command[-2:] for one in pods.of(objects)] == [["--epochs=3", f"--flagfile=/trials/{index}"] for index in range(3)]
     (bench.folder / "0").write_text(trials["data"]["0"])
     config = task_config(["--learning_rate=0.5", f"--flagfile={bench.folder}/0"])
@@ -231,6 +241,50 @@ def test_own_overlay_by_its_path(bench: Bench) -> None:
     assert "there is no such folder" in bench.fails("render", "--overlay=./nowhere")
 
 
+def own_overlay(folder: Path, **kustomization: Any) -> str:
+    """A user's own overlay on multi-worker, and its path."""
+    folder.mkdir()
+    base = os.path.relpath(ROOT / "k8s" / "overlays" / "multi-worker", folder.resolve())
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], **kustomization}))
+    return str(folder)
+
+
+def test_volume_is_never_a_jobs_own_whatever_labels_an_overlay_gives_it(bench: Bench) -> None:
+    overlay = own_overlay(
+        bench.folder / "mine", labels=[{"pairs": {"app.kubernetes.io/instance": "digitfleet", "team": "vision"}}]
+    )
+    for arguments in ((), ("--replace",)):
+        bench.works("submit", f"--overlay={overlay}", "--name=digits", *arguments)
+        assert ("PersistentVolumeClaim", "digitfleet") in bench.names()
+    bench.works("delete", "--name=digits")
+    assert bench.names() == {("PersistentVolumeClaim", "digitfleet")}
+    assert '"PersistentVolumeClaim"' not in "".join(line for line in bench.calls().splitlines() if "delete" in line)
+
+
+def test_namespace_of_an_own_overlay_counts_or_is_contradicted(bench: Bench) -> None:
+    overlay = own_overlay(bench.folder / "mine", namespace="default")
+    bench.works("submit", f"--overlay={overlay}", "--name=digits")
+    assert {found["metadata"]["namespace"] for found in bench.objects} == {"default"}
+    assert f"--namespace=team: --overlay={overlay} says default" in bench.fails("submit", f"--overlay={overlay}", "-n", "team")
+
+
+def test_own_overlay_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+    relabelled = own_overlay(tmp_path / "a", labels=[{"pairs": {"app.kubernetes.io/part-of": "vision"}}])
+    with pytest.raises(RequestError, match="its Job has lost the labels"):
+        render(Request(overlay=relabelled))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "kustomization.yaml").write_text("resources: [job.yaml]\n")
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "plain"},
+        "spec": {"template": {"spec": {"containers": []}}},
+    }
+    (tmp_path / "b" / "job.yaml").write_text(yaml.safe_dump(job))
+    with pytest.raises(RequestError, match="its Job does not say how many workers there are, or has no container"):
+        render(Request(overlay=str(tmp_path / "b")))
+
+
 WRONG: list[tuple[dict, str]] = [
     ({"name": "Digits"}, "--name=Digits: expected at most 45"),
     ({"name": "1digits"}, "a letter first"),
@@ -244,6 +298,15 @@ WRONG: list[tuple[dict, str]] = [
     ({"image": "example.com/UPPER:v1"}, "is no image"),
     ({"overlay": "multiworker"}, "--overlay=multiworker: expected one of"),
     ({"components": ("spott",)}, "--components=spott: expected some of"),
+    ({"components": ("storage-gcs",)}, "for buckets there is --storage"),
+    ({"storage": "s3://under_score"}, "--storage=s3://under_score"),
+    ({"storage": "s3://bucket-1", "task": ("--model_dir=/bucket/x",)}, "is on no volume of the workers that can be written"),
+    ({"task": ("--model_dir=/data/../etc",)}, "is on no volume"),
+    ({"overlay": "single-node", "task": ("--num_devices=16",)}, "--num_devices=16: a worker has 8 GPUs"),
+    ({"overlay": "tensorboard", "workers": 3}, "trains nothing: there is nothing that --workers could be said of"),
+    ({"cpus_per_worker": "1e99999999"}, "expected a quantity"),
+    ({"overlay": "sweep", "trials": (("--model_dir=/data/runs/all",),)}, "trial 0: --model_dir: each trial"),
+    ({"overlay": "sweep", "trials": (("--data_dir=/nowhere",),)}, "trial 0: --data_dir=/nowhere is on no volume"),
     ({"storage": "ftp://x"}, "--storage=ftp://x"),
     ({"storage": "gs://UPPER"}, "--storage=gs://UPPER"),
     ({"storage": "Claim"}, "--storage=Claim"),
@@ -282,7 +345,7 @@ def test_submit_creates_all_objects_after_a_check_of_all(bench: Bench) -> None:
     assert ("PersistentVolumeClaim", "digitfleet") in bench.names()
     creates = [line for line in bench.calls().splitlines() if " create " in line]
     # What jobs share, and what is this job's: all of it looked at before any of it is made.
-    assert ["--dry-run=server" in line for line in creates] == [True, True, False, False]
+    assert ["--dry-run=server" in line for line in creates] == [True, True, False, False, False]
     assert all("--validate=strict" in line for line in creates)
     # A policy is there before the pods that it guards.
     kinds = [found["kind"] for found in bench.objects]
@@ -330,7 +393,7 @@ def test_what_is_not_ours_is_never_touched(bench: Bench) -> None:
     bench.store(*others, {"kind": "Job", "metadata": {"name": "letters", "labels": labels}, "spec": {"completions": 1}})
     for name, kind in (("digits", "Service"), ("letters", "Job")):
         message = bench.fails("submit", f"--name={name}", "--overlay=multi-worker", "--replace")
-        assert f"{kind} {name} is there, and not digitfleet's" in message
+        assert f"{kind} {name} is there, and not of a job of this name" in message
         assert f"there is no job {name} of digitfleet" in bench.fails("delete", f"--name={name}")
     assert json.loads(bench.works("status", "--format=json")) == []
     assert len(bench.objects) == 3
@@ -346,6 +409,13 @@ def test_dry_run_shows_the_difference_and_changes_nothing(bench: Bench) -> None:
     assert "-  completions: 2" in changed
     assert "+  completions: 4" in changed
     assert [found["spec"]["completions"] for found in bench.objects if found["kind"] == "Job"] == [2]
+    assert "+++ Service/digits (removed)" in bench.works("submit", "--dry_run", "--name=digits", "--overlay=single-node")
+
+
+def test_difference_does_not_mind_the_order_of_what_has_names() -> None:
+    one, two = ({"name": name, "value": "1"} for name in ("a", "b"))
+    wanted = {"kind": "Job", "metadata": {"name": "a"}, "spec": {"env": [one, two], "tolerations": []}}
+    assert difference.show({("Job", "a"): {**wanted, "spec": {"env": [two, one]}}}, [wanted]) == ""
 
 
 def test_difference_leaves_out_what_the_cluster_has_added() -> None:
@@ -364,6 +434,43 @@ def test_quota_that_is_used_up_is_told_with_its_figures(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--workers=2", "--gpus_per_worker=4")
 
 
+def test_quota_counts_what_a_replaced_job_gives_back(bench: Bench) -> None:
+    bench.works("submit", "--name=digits", "--gpus_per_worker=4")
+    status = {
+        "hard": {"requests.nvidia.com/gpu": "8", "services": "1"},
+        "used": {"requests.nvidia.com/gpu": "8", "services": "1"},
+    }
+    bench.store({"kind": "ResourceQuota", "metadata": {"name": "all"}, "spec": {}, "status": status})
+    bench.works("submit", "--name=digits", "--gpus_per_worker=4", "--replace")
+    message = bench.fails("submit", "--name=digits", "--gpus_per_worker=8", "--replace")
+    assert "the quota all has 8 of requests.nvidia.com/gpu left, this job needs 16" in message
+    assert ("Job", "digits") in bench.names()
+    assert "has 0 of" in bench.fails("submit", "--name=letters", "--gpus_per_worker=4")
+
+
+def test_what_was_made_before_an_error_is_taken_back(bench: Bench) -> None:
+    (bench.folder / "full").write_text("Job")
+    assert "the namespace's quota is used up" in bench.fails("submit", "--name=digits", "--overlay=cpu")
+    assert not [name for _, name in bench.names() if name == "digits"]
+    # What jobs share stays.
+    assert ("PersistentVolumeClaim", "digitfleet") in bench.names()
+
+
+def test_leftovers_of_a_job_that_is_gone_block_nothing_and_can_be_deleted(job: Bench) -> None:
+    kept = [found for found in job.objects if found["kind"] != "Job"]
+    for command in (("submit", "--name=digits", "--overlay=cpu"), ("delete", "--name=digits")):
+        (job.folder / "objects.json").write_text(json.dumps(kept))
+        job.works(*command)
+        assert (("Service", "digits") in job.names()) == (command[0] == "submit")
+
+
+def test_tensorboard_cannot_be_taken_over_by_a_job_of_its_name(job: Bench) -> None:
+    before = job.objects
+    message = job.fails("submit", "--name=digitfleet-tensorboard", "--overlay=multi-worker", "--replace")
+    assert "is there, and not of a job of this name" in message
+    assert job.objects == before
+
+
 def test_quota_that_demands_what_pods_do_not_say(bench: Bench) -> None:
     status = {"hard": {"limits.cpu": "100"}}
     bench.store({"kind": "ResourceQuota", "metadata": {"name": "cores"}, "spec": {}, "status": status})
@@ -374,6 +481,7 @@ def test_quota_that_demands_what_pods_do_not_say(bench: Bench) -> None:
 
 def test_queue_and_claim_have_to_be_there(bench: Bench) -> None:
     assert "--queue=gpus: there is no such LocalQueue" in bench.fails("submit", "--queue=gpus")
+    assert "--queue=digitfleet: there is no such LocalQueue" in bench.fails("submit", "--overlay=kueue")
     assert "--storage=shared: there is no such claim" in bench.fails("submit", "--storage=shared")
     claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "shared"}, "spec": {"accessModes": ["ReadWriteOnce"]}}
     bench.store(claim)
@@ -391,6 +499,11 @@ def test_runtime_of_trainjobs_is_made_before_the_job_is_looked_at(bench: Bench) 
     message = bench.fails("submit", "--name=spots", "--overlay=trainjob", "--components=spot")
     assert "ClusterTrainingRuntime tensorflow-distributed is there and says other things" in message
     assert "ended" not in bench.works("submit", "--name=dry", "--overlay=trainjob", "--dry_run")
+
+
+def test_user_who_may_see_nothing_is_told_so(bench: Bench) -> None:
+    (bench.folder / "forbidden").write_text("trainjobs tfjobs jobsets jobs")
+    assert "you may not do that in this cluster" in bench.fails("status")
 
 
 def test_user_who_may_see_little_submits_a_plain_job(bench: Bench) -> None:
@@ -540,7 +653,10 @@ WAITING = {
         {"phase": "Failed", "conditions": [{"type": "DisruptionTarget", "status": "True", "message": "Eviction API: evicting"}]},
         "Eviction API: evicting",
     ),
-    "wrong flag": (with_container("Failed", terminated={"exitCode": 2, "reason": "Error"}), "Error, exit code 2"),
+    "wrong flag": (
+        with_container("Failed", terminated={"exitCode": 2, "reason": "Error", "message": "a\ntrainer.task: --epochs=0: no\n"}),
+        "Error, exit code 2: trainer.task: --epochs=0: no",
+    ),
 }  # fmt: skip
 
 
@@ -620,6 +736,34 @@ def test_logs_show_a_pod_that_was_started_again_under_its_old_name(job: Bench) -
     assert job.works("logs", "--name=digits") == "[0] one\n[0] one\n"
 
 
+def test_logs_of_pods_that_wait_say_why(job: Bench) -> None:
+    job.store(pod("digits-0-a", 0, **unscheduled("Insufficient nvidia.com/gpu")))
+    done = job.run("logs", "--name=digits")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "digits waits, and has printed nothing: Insufficient nvidia.com/gpu" in done.stderr
+
+
+def test_interrupted_command_is_no_defect(job: Bench) -> None:
+    (job.folder / "slow").write_text("delete")
+    process = job.start("delete", "--name=digits")
+    while "delete" not in job.calls():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+def test_status_of_a_sweep_counts_trials_that_are_done(bench: Bench) -> None:
+    bench.works("submit", "--name=digits", "--overlay=sweep", "--workers=2")
+    ended = with_container("Succeeded", terminated={"exitCode": 0, "reason": "Completed"})
+    bench.store(pod("a", 0, **ended), pod("b", 1, **unscheduled("no room")))
+    found = report(bench)
+    assert (found["state"], found["num_workers"], found["done"], found["why"]) == ("waiting", 4, 1, "no room")
+
+
 def test_logs_that_are_followed_end_with_the_job_and_its_outcome(job: Bench) -> None:
     job.store(pod("digits-0-a", 0, phase="Succeeded"))
     (job.folder / "logs" / "digits-0-a").write_text("done\n")
@@ -643,7 +787,7 @@ def test_tensorboard_says_where_it_is_or_how_to_get_it(bench: Bench) -> None:
 def test_delete_leaves_the_volume_and_other_jobs(job: Bench) -> None:
     job.works("submit", "--name=letters", "--overlay=cpu")
     done = job.run("delete", "--name=digits")
-    assert "its run stays in runs/digits on the claim digitfleet" in done.stderr
+    assert "its run stays: /data/runs/digits on the claim digitfleet" in done.stderr
     assert ("PersistentVolumeClaim", "digitfleet") in job.names()
     assert ("Deployment", "digitfleet-tensorboard") in job.names()
     assert not [name for _, name in job.names() if name.startswith("digits")]
@@ -673,6 +817,13 @@ def test_help_names_all_commands(bench: Bench) -> None:
         (["submit", "--workers=0"], "workers"),
         (["submit", "--workers=two"], "workers"),
         (["tensorboard", "--port=0"], "port"),
+        (["logs", "--tail=-5"], "tail"),
+        (["submit", "--preset=fast"], "--preset is a flag of the task: those go behind `--`"),
+        (["submit", "--nodry_run=1"], "dry_run"),
+        (["status", "digits"], "a job's name goes as --name digits"),
+        (["delete", "--name=-lapp.kubernetes.io/name=digitfleet"], "--name=-lapp"),
+        (["status", "--name=-A"], "--name=-A"),
+        (["status", "-n", "--all-namespaces"], "--namespace=--all-namespaces"),
         (["delete", "--", "--preset=fast"], "unexpected argument '--preset=fast'"),
         (["render", "--trials=/nowhere"], "--trials=/nowhere cannot be read"),
     ],

@@ -13,6 +13,9 @@ from trainer import cluster
 from trainer import flags as task_flags
 from trainer.errors import EXIT_FINISHED, JobError
 
+# 128 + SIGINT, as shells have it.
+_EXIT_INTERRUPTED = 130
+
 
 def run(program: str, main: Callable[[list[str]], None]) -> None:
     """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1."""
@@ -29,6 +32,10 @@ def run(program: str, main: Callable[[list[str]], None]) -> None:
         main(positional)
     except JobError as error:
         _end(program, error)
+    except KeyboardInterrupt:
+        # Of a program that does not listen for the signal itself.
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager

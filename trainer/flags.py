@@ -49,7 +49,8 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], *, known_only: boo
     """
     try:
         return flag_values(list(argv), known_only=known_only)
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
+        # absl lets a ValueError through where a negated flag has a value (--noresume=1).
         raise RequestError(f"{' '.join(str(error).split())}; see --helpfull") from error
 
 
