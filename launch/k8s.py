@@ -24,7 +24,8 @@ from rich.table import Table
 
 from launch import follow, manifests, status, submission, workload
 from launch.kubectl import Kubectl
-from launch.request import COMPONENTS, Request, check_names, namespace_of, render
+from launch.rendering import namespace_of, render
+from launch.request import COMPONENTS, Request, check_names
 from trainer import cli
 from trainer.config import Config
 from trainer.errors import RequestError

@@ -1,41 +1,11 @@
-"""One user's job out of an overlay's objects: its name, image, size, volume and flags, all checked before anything is sent."""
+"""What a user asks of a cluster: names, image, size, volume and flags, each checked as far as Kubernetes's rules go."""
 
 import dataclasses
-import posixpath
 import re
-from collections.abc import Sequence
-from pathlib import PurePosixPath
 
-from launch import manifests
-from launch.arguments import task_config
-from launch.kubectl import Object
 from launch.quantities import quantity
-from launch.workload import (
-    INSTANCE,
-    JOBSET_NAME,
-    KINDS,
-    OURS,
-    QUEUE,
-    TRIAL_FLAG,
-    at,
-    containers,
-    find_workload,
-    is_ours,
-    is_sweep,
-    main_container,
-    num_workers,
-    own,
-)
-from trainer.config import Config
 from trainer.errors import RequestError
-from trainer.plan import make_plan
 
-_CLUSTER_SCOPED = {"PersistentVolume", "ClusterTrainingRuntime", "ClusterQueue", "ResourceFlavor"}
-_GPU = "nvidia.com/gpu"
-_CLAIM = "digitfleet"
-_BUCKET_CLAIM = "digitfleet-bucket"
-# What a GPU's input pipeline gets, as in k8s/base/worker.yaml; without GPUs, a worker gets as much as for one.
-_CPUS_PER_GPU, _GIB_PER_GPU = 4, 8
 # A pod is called NAME-workers-0-INDEX at most, and its host name has 63 characters.
 _MOST_CHARACTERS = 45
 # https://pkg.go.dev/github.com/distribution/reference: [host[:port]/]path[:tag][@digest].
@@ -54,9 +24,23 @@ _BUCKETS = (
 COMPONENTS = ("tensorboard", "cpu", "spot", "kueue")
 
 
+def check_names(name: str, namespace: str) -> None:
+    """Whether a job and a namespace can be called so; an empty one is none.
+
+    Raises:
+        RequestError: one cannot.
+    """
+    if name and (len(name) > _MOST_CHARACTERS or not re.fullmatch(r"[a-z](?:[a-z0-9-]*[a-z0-9])?", name)):
+        raise RequestError(
+            f"--name={name}: expected at most {_MOST_CHARACTERS} lower-case letters, digits and hyphens, a letter first"
+        )
+    if namespace and (len(namespace) > 63 or not _LABEL.fullmatch(namespace)):
+        raise RequestError(f"--namespace={namespace}: expected at most 63 lower-case letters, digits and hyphens")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user wants to run. Empty values and Nones leave what the overlay says.
+    """What a user wants to run. Empty values and Nones leave what the overlay says. Raises `RequestError` on what cannot be.
 
     Attributes:
         name: of the job, and of its folder on the volume.
@@ -88,257 +72,29 @@ class Request:
     trials: tuple[tuple[str, ...], ...] = ()
     task: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_names(self.name, self.namespace)
+        if unknown := [name for name in self.components if name not in COMPONENTS]:
+            raise RequestError(
+                f"--components={unknown[0]}: expected some of {', '.join(COMPONENTS)}; for buckets there is --storage"
+            )
+        if self.queue and not _SUBDOMAIN.fullmatch(self.queue):
+            raise RequestError(f"--queue={self.queue}: expected a LocalQueue's name")
+        if self.image and not _IMAGE.fullmatch(self.image):
+            raise RequestError(f"--image={self.image} is no image such as registry.example.com/team/digitfleet:gpu")
+        for flag in ("cpus_per_worker", "memory_per_worker"):
+            amount = getattr(self, flag)
+            try:
+                positive = not amount or quantity(amount) > 0
+            except ValueError:
+                positive = False
+            if not positive:
+                raise RequestError(f"--{flag}={amount}: expected a quantity such as {'500m or 8' if flag[0] == 'c' else '16Gi'}")
+        if self.storage and not (self.bucket or _SUBDOMAIN.fullmatch(self.storage)):
+            raise RequestError(f"--storage={self.storage}: expected a claim's name, gs://BUCKET or s3://BUCKET")
 
-def render(request: Request) -> list[Object]:
-    """The objects that run a request.
-
-    Raises:
-        RequestError: something in it cannot be; the message names the flag.
-    """
-    _check_words(request)
-    bucket = next((match for pattern in _BUCKETS if (match := pattern.fullmatch(request.storage))), None)
-    if "://" in request.storage and not bucket:
-        raise RequestError(f"--storage={request.storage}: expected a claim's name, gs://BUCKET or s3://BUCKET")
-    extra = [{"gs": "storage-gcs", "s3": "storage-s3"}[bucket[1]]] if bucket else []
-    objects = manifests.build(request.overlay, [*request.components, *extra])
-    workload = find_workload(objects)
-    _check_overlay(request, objects, workload)
-    if workload:
-        _fill(objects, workload, request)
-    for found in objects if request.image else ():
-        # A runtime is everybody's; a TrainJob names its own image.
-        for container in containers(found) if found["kind"] != "ClusterTrainingRuntime" else ():
-            if container.get("image", "").startswith("digitfleet:") or found is workload:
-                container["image"] = request.image
-        if found["kind"] == "TrainJob":
-            main_container(found)["image"] = request.image
-    if bucket:
-        _set_bucket(objects, bucket[2], request.namespace)
-    elif request.storage:
-        objects = _set_claim(objects, request.storage)
-    if request.namespace:
-        _set_namespace(objects, request.namespace)
-    return objects
-
-
-def check_names(name: str, namespace: str) -> None:
-    """Whether a job and a namespace can be called so; an empty one is none.
-
-    Raises:
-        RequestError: one cannot.
-    """
-    if name and (len(name) > _MOST_CHARACTERS or not re.fullmatch(r"[a-z](?:[a-z0-9-]*[a-z0-9])?", name)):
-        raise RequestError(
-            f"--name={name}: expected at most {_MOST_CHARACTERS} lower-case letters, digits and hyphens, a letter first"
-        )
-    if namespace and (len(namespace) > 63 or not _LABEL.fullmatch(namespace)):
-        raise RequestError(f"--namespace={namespace}: expected at most 63 lower-case letters, digits and hyphens")
-
-
-def namespace_of(objects: Sequence[Object]) -> str:
-    """The namespace that an overlay has given its objects; empty if none."""
-    return next((found["metadata"]["namespace"] for found in objects if "namespace" in found["metadata"]), "")
-
-
-def _check_overlay(request: Request, objects: Sequence[Object], workload: Object) -> None:
-    """Whether an overlay, which may be a user's own, is one that all this can be done with."""
-    where = f"--overlay={request.overlay}"
-    if not workload:
-        given = [flag for flag in ("workers", "gpus_per_worker", "queue", "trials", "task") if getattr(request, flag)]
-        if given:
-            raise RequestError(f"{where} trains nothing: there is nothing that --{given[0]} could be said of")
-        return
-    kind = workload["kind"]
-    try:
-        num_workers(workload), main_container(workload)["name" if kind != "TrainJob" else "args"]
-    except (KeyError, IndexError, TypeError, StopIteration) as error:
-        raise RequestError(f"{where}: its {kind} does not say how many workers there are, or has no container") from error
-    if not is_ours(workload) or INSTANCE not in workload["metadata"]["labels"]:
-        raise RequestError(f"{where}: its {kind} has lost the labels {OURS} and {INSTANCE}, by which a job is found again")
-    if request.namespace and namespace_of(objects) not in ("", request.namespace):
-        raise RequestError(f"--namespace={request.namespace}: {where} says {namespace_of(objects)}")
-
-
-def _check_words(request: Request) -> None:
-    """Whether Kubernetes takes the names and quantities."""
-    check_names(request.name, request.namespace)
-    if unknown := [name for name in request.components if name not in COMPONENTS]:
-        raise RequestError(f"--components={unknown[0]}: expected some of {', '.join(COMPONENTS)}; for buckets there is --storage")
-    if request.queue and not _SUBDOMAIN.fullmatch(request.queue):
-        raise RequestError(f"--queue={request.queue}: expected a LocalQueue's name")
-    if request.image and not _IMAGE.fullmatch(request.image):
-        raise RequestError(f"--image={request.image} is no image such as registry.example.com/team/digitfleet:gpu")
-    for flag in ("cpus_per_worker", "memory_per_worker"):
-        amount = getattr(request, flag)
-        try:
-            positive = not amount or quantity(amount) > 0
-        except ValueError:
-            positive = False
-        if not positive:
-            raise RequestError(f"--{flag}={amount}: expected a quantity such as {'500m or 8' if flag[0] == 'c' else '16Gi'}")
-
-
-def _fill(objects: list[Object], workload: Object, request: Request) -> None:
-    config = task_config(_task_flags(workload, request.task))
-    container = main_container(workload)
-    _set_resources(container, request)
-    if request.workers is not None:
-        _set_workers(objects, workload, request.workers)
-    if request.trials:
-        _set_trials(objects, workload, request)
-    _check_fit(config, workload)
-    _check_paths(config, objects, workload, request.task)
-    # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.
-    given = [flag.replace("$(", "$$(") for flag in request.task]
-    flags = container.get("args", [])
-    trial = [flag for flag in flags if flag.startswith(TRIAL_FLAG)]
-    container["args"] = [*(flag for flag in flags if flag not in trial), *given, *trial]
-    if request.queue:
-        workload["metadata"]["labels"][QUEUE] = request.queue
-        (workload["spec"].get("runPolicy") or workload["spec"])["suspend"] = True
-    _rename(objects, workload["metadata"]["name"], request.name)
-
-
-def _task_flags(workload: Object, given: Sequence[str]) -> list[str]:
-    """All flags that a worker will get, but for files of flags, which are on the worker only."""
-    return [flag for flag in main_container(workload).get("args", []) if not flag.startswith(TRIAL_FLAG)] + list(given)
-
-
-def _set_resources(container: Object, request: Request) -> None:
-    resources = container.get("resourcesPerNode") or container.setdefault("resources", {})
-    limits, requests = resources.setdefault("limits", {}), resources.setdefault("requests", {})
-    if request.gpus_per_worker is not None:
-        limits.pop(_GPU, None)
-        if request.gpus_per_worker:
-            limits[_GPU] = str(request.gpus_per_worker)
-        share = max(request.gpus_per_worker, 1)
-        requests["cpu"] = str(_CPUS_PER_GPU * share)
-        requests["memory"] = limits["memory"] = f"{_GIB_PER_GPU * share}Gi"
-    if request.cpus_per_worker:
-        requests["cpu"] = request.cpus_per_worker
-    if request.memory_per_worker:
-        requests["memory"] = limits["memory"] = request.memory_per_worker
-
-
-def _set_workers(objects: list[Object], workload: Object, number: int) -> None:
-    if is_sweep(workload):
-        workload["spec"]["parallelism"] = number
-        return
-    if number > 1 and workload["kind"] == "Job" and "subdomain" not in workload["spec"]["template"]["spec"]:
-        raise RequestError(f"--workers={number}: this overlay is for one worker; take --overlay=multi-worker")
-    for *path, last in KINDS[workload["kind"]]:
-        at(workload, path)[last] = number
-    for variable in manifests.walk(workload):
-        if variable.get("name") == "DIGITFLEET_NUM_WORKERS":
-            variable["value"] = str(number)
-    # Of one worker there is none to spare, and a budget of all blocks every drain.
-    objects[:] = [found for found in objects if found["kind"] != "PodDisruptionBudget" or number > 1]
-    for found in objects:
-        if found["kind"] == "PodDisruptionBudget":
-            found["spec"]["minAvailable"] = number - 1
-
-
-def _set_trials(objects: list[Object], workload: Object, request: Request) -> None:
-    trials = next((found for found in objects if found["kind"] == "ConfigMap"), None)
-    if not (trials and is_sweep(workload)):
-        raise RequestError(f"--trials: the overlay {request.overlay} is no sweep; take --overlay=sweep")
-    for number, flags in enumerate(request.trials):
-        _check_trial(number, flags, objects, workload, request.task)
-    trials["data"] = {str(number): "".join(f"{flag}\n" for flag in flags) for number, flags in enumerate(request.trials)}
-    workload["spec"] |= {"completions": len(request.trials), "maxFailedIndexes": len(request.trials)}
-    workload["spec"]["parallelism"] = min(len(request.trials), workload["spec"]["parallelism"])
-
-
-def _check_trial(number: int, flags: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]) -> None:
-    try:
-        config = task_config([*_task_flags(workload, task), *flags])
-        _check_fit(config, workload)
-        _check_paths(config, objects, workload, flags)
-    except RequestError as error:
-        raise RequestError(f"--trials: trial {number}: {error}") from error
-
-
-def _check_fit(config: Config, workload: Object) -> None:
-    """Whether the task's flags go with the topology.
-
-    Raises:
-        RequestError: each worker would refuse them.
-    """
-    workers = 1 if is_sweep(workload) else num_workers(workload)
-    if workers > 1 and config.strategy in ("one_device", "mirrored"):
-        raise RequestError(f"--strategy={config.strategy} with {workers} workers: each would train alone; leave it out")
-    container = main_container(workload)
-    resources = container.get("resourcesPerNode") or container.get("resources", {})
-    gpus = int(resources.get("limits", {}).get(_GPU, 0))
-    if gpus and config.num_devices > gpus:
-        raise RequestError(f"--num_devices={config.num_devices}: a worker has {gpus} GPUs; see --gpus_per_worker")
-    replicas = 1 if config.strategy == "one_device" else workers * (config.num_devices or gpus or 1)
-    make_plan(config, config.global_batch_size, replicas)
-
-
-def _check_paths(config: Config, objects: list[Object], workload: Object, given: Sequence[str]) -> None:
-    """Whether the folders that the user names are on a volume; elsewhere they are gone with the pod, or not there.
-
-    Raises:
-        RequestError: one is not.
-    """
-    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
-    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
-    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
-    readable = {mount["mountPath"] for mount in mounts}
-    for flag in ("model_dir", "data_dir"):
-        path = getattr(config, flag)
-        named = any(re.match(rf"--?{flag}\b", argument) for argument in given)
-        if named and flag == "model_dir" and is_sweep(workload):
-            raise RequestError("--model_dir: each trial of a sweep has its own, /data/runs/NAME/NUMBER; leave it out")
-        clean = PurePosixPath(posixpath.normpath(path))
-        parents = {str(parent) for parent in (clean, *clean.parents)}
-        if named and path and "://" not in path and not parents & (writable if flag == "model_dir" else readable):
-            kind = "no volume of the workers that can be written" if flag == "model_dir" else "no volume of the workers"
-            raise RequestError(f"--{flag}={path} is on {kind}: expected a folder below /data")
-
-
-def _rename(objects: list[Object], old: str, new: str) -> None:
-    """Gives a job its name: objects of its own, and everything by which they find each other."""
-    renamed = {found["metadata"]["name"]: new + found["metadata"]["name"].removeprefix(old) for found in own(objects)}
-    for found in own(objects):
-        found["metadata"]["name"] = renamed[found["metadata"]["name"]]
-        for tree in manifests.walk(found):
-            for key in tree.keys() & {INSTANCE, JOBSET_NAME, "subdomain"}:
-                tree[key] = new
-            if "configMap" in tree:
-                tree["configMap"]["name"] = renamed.get(tree["configMap"]["name"], tree["configMap"]["name"])
-
-
-def _set_claim(objects: list[Object], claim: str) -> list[Object]:
-    """The objects with an existing claim in place of the overlay's own."""
-    if not _SUBDOMAIN.fullmatch(claim):
-        raise RequestError(f"--storage={claim}: expected a claim's name, gs://BUCKET or s3://BUCKET")
-    for tree in manifests.walk(objects):
-        if tree.get("claimName") == _CLAIM:
-            tree["claimName"] = claim
-    return [found for found in objects if not (found["kind"] == "PersistentVolumeClaim" and found["metadata"]["name"] == _CLAIM)]
-
-
-def _set_bucket(objects: list[Object], bucket: str, namespace: str) -> None:
-    """Puts the bucket in; a volume, which belongs to no namespace, is named after both, a claim after the bucket."""
-    claim = f"{_BUCKET_CLAIM}-{bucket}"
-    volume = f"{claim}-{namespace}" if namespace else claim
-    for found in objects:
-        for tree in manifests.walk(found):
-            for key, value in tree.items():
-                if value == "BUCKET":
-                    tree[key] = bucket
-                elif value == _BUCKET_CLAIM:
-                    tree[key] = volume if key in ("volumeName", "volumeHandle") else claim
-        if found["kind"] == "PersistentVolume":
-            found["metadata"]["name"] = volume
-
-
-def _set_namespace(objects: list[Object], namespace: str) -> None:
-    for found in objects:
-        if found["kind"] not in _CLUSTER_SCOPED:
-            found["metadata"]["namespace"] = namespace
-        for tree in manifests.walk(found):
-            if "claimRef" in tree:
-                tree["claimRef"]["namespace"] = namespace
+    @property
+    def bucket(self) -> tuple[str, str] | None:
+        """Of a bucket, its scheme, gs or s3, and its name."""
+        match = next((match for pattern in _BUCKETS if (match := pattern.fullmatch(self.storage))), None)
+        return (match[1], match[2]) if match else None

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from launch import difference, kubectl, manifests, quota, status
 from launch.kubectl import Kubectl, KubectlError, Object
-from launch.request import Request, render
+from launch.rendering import render
+from launch.request import Request
 from launch.workload import INSTANCE, KINDS, OURS, OWN_KINDS, QUEUE, find_workload, is_ours, main_container, num_workers, own
 from trainer.errors import RequestError
 

@@ -19,7 +19,8 @@ from launch import difference
 from launch.arguments import task_config
 from launch.kubectl import explain
 from launch.quantities import quantity
-from launch.request import Request, render
+from launch.rendering import render
+from launch.request import Request
 from launch.workload import find_workload
 from trainer import cluster
 from trainer.errors import RequestError
