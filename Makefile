@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 IMAGE ?= build/image
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-e2e test-container lint format clean
+.PHONY: train test test-e2e test-container test-cluster lint format clean
 
 train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
 test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not e2e and not container" $(ARGS)
+	$(BIN)/python -m pytest -m "not e2e and not container and not cluster" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
 	$(BIN)/python -m pytest -m e2e $(ARGS)
@@ -20,6 +20,9 @@ test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, rep
 test-container: $(INSTALLED)  ## Builds the image (buildah, debootstrap; root) and runs it (runc)
 	tests/container/build.sh $(IMAGE)
 	DIGITFLEET_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container $(ARGS)
+
+test-cluster: $(INSTALLED)  ## Builds a Kubernetes control plane (Go) and submits every kind of job to it
+	DIGITFLEET_CONTROL_PLANE="$$(tests/cluster/build.sh)" $(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: $(INSTALLED)  ## Style, formatting and types
 	$(BIN)/ruff check .

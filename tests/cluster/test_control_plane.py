@@ -1,0 +1,241 @@
+"""launch.k8s and the manifests against a real API server with Pod Security "restricted", and the real controllers of Jobs.
+
+`make test-cluster` builds the control plane (build.sh) and names its folder in DIGITFLEET_CONTROL_PLANE.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import control_plane
+import pytest
+from conftest import ROOT
+
+from launch import kubectl
+
+pytestmark = pytest.mark.cluster
+
+CRDS = os.environ.get("DIGITFLEET_CRDS", "")
+PLAIN = ["multi-worker", "single-node", "cpu", "spot", "sweep"]
+needs_crds = pytest.mark.skipif(not CRDS, reason="DIGITFLEET_CRDS names no folder with the operators' definitions")
+CUSTOM = [pytest.param(name, marks=needs_crds) for name in ("jobset", "trainjob", "tfjob")]
+
+
+class Namespace:
+    """A namespace of the cluster, and launch.k8s in it."""
+
+    def __init__(self, kubeconfig: Path, name: str) -> None:
+        self.kubeconfig, self.name = kubeconfig, name
+
+    def kubectl(self, *arguments: str, send: str | None = None, check: bool = True) -> str:
+        command = [kubectl.program(), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.name}", *arguments]
+        done = subprocess.run(command, input=send, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout + ("" if check else done.stderr)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launch.k8s", arguments[0], f"--namespace={self.name}", *arguments[1:]]
+        environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    def works(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def fails(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr
+
+    def report(self, name: str) -> dict:
+        (found,) = json.loads(self.works("status", f"--name={name}", "--format=json"))
+        return found
+
+    def pods(self, job: str) -> list[dict]:
+        found = json.loads(self.kubectl("get", "pods", f"--selector=app.kubernetes.io/instance={job}", "--output=json"))
+        return sorted(found["items"], key=lambda pod: pod["metadata"]["creationTimestamp"])
+
+    def names(self) -> set[str]:
+        kinds = "jobs,services,networkpolicies,poddisruptionbudgets,persistentvolumeclaims,configmaps,deployments,pods"
+        lines = self.kubectl("get", kinds, "--output=name").split()
+        return {line for line in lines if not line.endswith("kube-root-ca.crt")}
+
+    def end_pod(self, pod: dict, code: int, **status: Any) -> None:
+        """What a kubelet reports of a container that has ended."""
+        terminated = {
+            "exitCode": code,
+            "reason": "Error",
+            "startedAt": "2026-01-01T00:00:00Z",
+            "finishedAt": "2026-01-01T00:01:00Z",
+        }
+        container = {"name": "trainer", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+        patch = {
+            "status": {
+                "phase": "Failed" if code else "Succeeded",
+                "containerStatuses": [{**container, "state": {"terminated": terminated}}],
+                **status,
+            }
+        }
+        name = pod["metadata"]["name"]
+        self.kubectl("patch", "pod", name, "--subresource=status", "--type=merge", f"--patch={json.dumps(patch)}")
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return found
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    binaries = Path(os.environ.get("DIGITFLEET_CONTROL_PLANE", "/nonexistent"))
+    assert (binaries / "etcd").exists(), "DIGITFLEET_CONTROL_PLANE names no folder that tests/cluster/build.sh has made"
+    with control_plane.running(binaries, tmp_path_factory.mktemp("control-plane")) as found:
+        admin = Namespace(found, "default")
+        for path in sorted(Path(CRDS).glob("*.yaml")) if CRDS else ():
+            admin.kubectl("create", f"--filename={path}")
+        yield found
+
+
+@pytest.fixture
+def namespace(kubeconfig: Path, request: pytest.FixtureRequest) -> Namespace:
+    """A namespace of the test's own, with Pod Security enforced."""
+    admin = Namespace(kubeconfig, "default")
+    count = len(json.loads(admin.kubectl("get", "namespaces", "--output=json"))["items"])
+    found = Namespace(kubeconfig, f"team-{count}")
+    admin.kubectl("create", "namespace", found.name)
+    admin.kubectl("label", "namespace", found.name, "pod-security.kubernetes.io/enforce=restricted")
+    wait_for(lambda: found.kubectl("get", "serviceaccount", "default", "--ignore-not-found"))
+    return found
+
+
+@pytest.mark.parametrize("overlay", [*PLAIN, *CUSTOM])
+def test_every_overlay_is_taken_and_a_second_look_finds_no_difference(namespace: Namespace, overlay: str) -> None:
+    namespace.works("submit", "--name=digits", f"--overlay={overlay}")
+    report = namespace.report("digits")
+    assert report["state"] == "waiting"
+    if overlay in PLAIN:
+        # Admitted under "restricted", every one.
+        wait_for(lambda: len(namespace.pods("digits")) == report["num_workers"])
+    assert namespace.works("submit", "--name=digits", f"--overlay={overlay}", "--dry_run") == "nothing would change\n"
+
+
+def test_namespace_really_refuses_what_is_not_restricted(namespace: Namespace) -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [{"name": "x", "image": "x"}]}}
+    assert "violates PodSecurity" in namespace.kubectl("create", "--filename=-", send=json.dumps(pod), check=False)
+
+
+def test_worker_that_stopped_with_its_state_saved_comes_back(namespace: Namespace) -> None:
+    namespace.works("submit", "--name=digits", "--overlay=multi-worker")
+    first = wait_for(lambda: len(found := namespace.pods("digits")) == 2 and found)[0]
+    namespace.end_pod(first, 75)
+    wait_for(lambda: len(namespace.pods("digits")) == 3)
+    report = namespace.report("digits")
+    assert report["state"] == "waiting"
+    assert sum(worker["restarts"] for worker in report["workers"]) == 1
+
+
+def test_evicted_worker_does_not_count(namespace: Namespace) -> None:
+    namespace.works("submit", "--name=digits", "--overlay=multi-worker")
+    first = wait_for(lambda: len(found := namespace.pods("digits")) == 2 and found)[0]
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "evicted"}
+    namespace.end_pod(first, 137, conditions=[condition])
+    wait_for(lambda: len(namespace.pods("digits")) == 3)
+    counts = [
+        pod["metadata"]["annotations"].get("batch.kubernetes.io/job-index-failure-count") for pod in namespace.pods("digits")
+    ]
+    assert set(counts) == {"0"}
+
+
+def test_request_that_cannot_be_met_fails_the_job_at_once(namespace: Namespace) -> None:
+    namespace.works("submit", "--name=digits", "--overlay=multi-worker")
+    first = wait_for(lambda: len(found := namespace.pods("digits")) == 2 and found)[0]
+    namespace.end_pod(first, 2)
+    wait_for(lambda: namespace.report("digits")["state"] == "failed")
+    assert "failed with exit code 2 matching FailJob rule" in namespace.report("digits")["why"]
+    followed = namespace.run("logs", "--name=digits", "--follow")
+    assert followed.returncode == 1
+    assert "digits failed: Container trainer" in followed.stderr
+
+
+def test_trial_that_cannot_be_does_not_end_the_others(namespace: Namespace) -> None:
+    namespace.works("submit", "--name=lr", "--overlay=sweep")
+    trials = wait_for(lambda: len(found := namespace.pods("lr")) == 4 and found)
+    namespace.end_pod(trials[0], 2)
+    namespace.end_pod(trials[1], 0)
+    wait_for(lambda: namespace.report("lr")["done"] == 1)
+    job = json.loads(namespace.kubectl("get", "job", "lr", "--output=json"))
+    wait_for(lambda: json.loads(namespace.kubectl("get", "job", "lr", "--output=json"))["status"].get("failedIndexes"))
+    assert not [one for one in job["status"].get("conditions", []) if one["type"] == "Failed"]
+
+
+def test_all_or_nothing_where_objects_fit_one_by_one_only(namespace: Namespace) -> None:
+    namespace.kubectl("create", "quota", "few", "--hard=services=1")
+    wait_for(lambda: "services" in namespace.kubectl("get", "quota", "few", "--output=jsonpath={.status.hard}"))
+    before = namespace.names()
+    message = namespace.fails("submit", "--name=digits", "--components=tensorboard")
+    assert "the quota few has 1 of services left, this job needs 2" in message
+    assert namespace.names() == before
+
+
+def test_job_is_replaced_deleted_and_never_takes_the_volume_along(namespace: Namespace) -> None:
+    namespace.works("submit", "--name=digits", "--overlay=multi-worker")
+    namespace.works("submit", "--name=letters", "--overlay=multi-worker")
+    assert "Job digits is there already" in namespace.fails("submit", "--name=digits", "--overlay=single-node")
+    namespace.works("submit", "--name=digits", "--overlay=single-node", "--replace", "--", "--epochs=3")
+    assert {name for name in namespace.names() if name.endswith("/digits")} == {
+        "job.batch/digits",
+        "networkpolicy.networking.k8s.io/digits",
+    }
+    namespace.works("delete", "--name=digits")
+    left = {name for name in namespace.names() if not name.startswith("pod/")}
+    assert left == {
+        f"{kind}/letters" for kind in ("job.batch", "service", "networkpolicy.networking.k8s.io", "poddisruptionbudget.policy")
+    } | {"persistentvolumeclaim/digitfleet"}
+
+
+def test_suspended_job_starts_no_pod_until_its_queue_lets_it(namespace: Namespace) -> None:
+    if not CRDS:
+        pytest.skip("DIGITFLEET_CRDS names no folder with Kueue's definitions")
+    assert "there is no such LocalQueue" in namespace.fails("submit", "--name=digits", "--queue=gpus")
+    queue = {
+        "apiVersion": "kueue.x-k8s.io/v1beta2",
+        "kind": "LocalQueue",
+        "metadata": {"name": "gpus"},
+        "spec": {"clusterQueue": "q"},
+    }
+    namespace.kubectl("create", "--filename=-", send=json.dumps(queue))
+    namespace.works("submit", "--name=digits", "--queue=gpus")
+    assert "in the queue gpus" in namespace.report("digits")["why"]
+    time.sleep(2)
+    assert namespace.pods("digits") == []
+    # What Kueue does.
+    namespace.kubectl("patch", "job", "digits", "--type=merge", '--patch={"spec": {"suspend": false}}')
+    wait_for(lambda: len(namespace.pods("digits")) == 2)
+
+
+def test_user_of_one_namespace_needs_no_more_than_that(namespace: Namespace, tmp_path: Path) -> None:
+    namespace.kubectl("create", "serviceaccount", "user")
+    namespace.kubectl("create", "rolebinding", "user", "--clusterrole=edit", f"--serviceaccount={namespace.name}:user")
+    token = namespace.kubectl("create", "token", "user").strip()
+    user = Namespace(control_plane.for_token(namespace.kubeconfig, token, tmp_path / "kubeconfig"), namespace.name)
+    user.works("submit", "--name=digits", "--overlay=multi-worker")
+    assert user.report("digits")["kind"] == "Job"
+    user.works("delete", "--name=digits")
+    elsewhere = Namespace(user.kubeconfig, "default")
+    assert "you may not do that in this cluster" in elsewhere.fails("status")
+
+
+def test_names_that_are_not_there(kubeconfig: Path) -> None:
+    assert "there is no namespace nowhere" in Namespace(kubeconfig, "nowhere").fails("status")
+    assert "there is no job nothing of digitfleet" in Namespace(kubeconfig, "default").fails("logs", "--name=nothing")
+    assert "there is no context other" in Namespace(kubeconfig, "default").fails("status", "--context=other")
