@@ -32,3 +32,8 @@ def test_wheel_brings_the_data_along_and_trains_in_an_empty_folder(tmp_path: Pat
     subprocess.run(command, cwd=tmp_path / "empty", env=environment, check=True, stdout=subprocess.DEVNULL)
     (result,) = (tmp_path / "empty" / "runs").glob("fast-*/result.json")
     assert json.loads(result.read_text())["test_examples"] == 10_000
+    render = [sys.executable, "-m", "launch.k8s", "render", "--overlay=jobset", "--components=tensorboard"]
+    done = subprocess.run(render, cwd=tmp_path / "empty", env=environment, check=True, capture_output=True, text=True)
+    assert "kind: JobSet" in done.stdout
+    copies = [name for name in names if name.startswith("launch/kustomize/")]
+    assert len(copies) == sum(path.is_file() for path in (ROOT / "k8s").rglob("*"))
