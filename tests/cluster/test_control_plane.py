@@ -216,7 +216,9 @@ def test_suspended_job_starts_no_pod_until_its_queue_lets_it(namespace: Namespac
     namespace.kubectl("create", "--filename=-", send=json.dumps(queue))
     namespace.works("submit", "--name=digits", "--queue=gpus")
     assert "in the queue gpus" in namespace.report("digits")["why"]
-    time.sleep(2)
+    # The controller's own word that it has looked at the job, so that no pods means that none will come.
+    conditions = "--output=jsonpath={.status.conditions[*].type}"
+    wait_for(lambda: "Suspended" in namespace.kubectl("get", "job", "digits", conditions))
     assert namespace.pods("digits") == []
     # What Kueue does.
     namespace.kubectl("patch", "job", "digits", "--type=merge", '--patch={"spec": {"suspend": false}}')
