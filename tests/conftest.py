@@ -120,8 +120,14 @@ class Job:
     def step(self) -> int:
         """The last step in metrics.jsonl, 0 before there is one."""
         path = self.model_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        # What follows the last line break is being written.
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0
+
+    def restarts(self) -> int:
+        """How often the run had been started before, as the last start that got as far as its folder wrote; -1: none did."""
+        path = self.model_dir / "config.json"
+        return json.loads(path.read_text())["restarts"] if path.exists() else -1
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
