@@ -32,7 +32,7 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     values = flags.FlagValues()
     task_flags.define(values)
     config = task_flags.to_config(values, task_flags.parse(values, ["benchmark", *arguments])[1:])
-    data = dataset.load(config.data_dir, config.num_classes)
+    data = dataset.load_for(config)
     workers = cluster.from_environment()
     configure_tensorflow(config)
     layout = choose_layout(config, workers)

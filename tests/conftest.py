@@ -196,7 +196,7 @@ def run_here(tmp_path: Path, tiny_data: Path):
         given = {**TINY, "data_dir": str(tiny_data), "model_dir": str(tmp_path / "run"), **options}
         config = from_preset(given.pop("preset"), given)
         Path(config.model_dir).mkdir(exist_ok=True)
-        return job.run(config, dataset.load(config.data_dir, config.num_classes), Cluster(), stop or StopRequest())
+        return job.run(config, dataset.load_for(config), Cluster(), stop or StopRequest())
 
     return run
 

@@ -66,7 +66,7 @@ DAMAGE = {
     "colour images": (put(TRAIN_IMAGES, idx_bytes(np.zeros((6, 20, 24, 3)))), TRAIN_IMAGES, "4 dimensions"),
     "fewer labels than images": (put(TRAIN_LABELS, idx_bytes(LABELS[:59])), TRAIN_LABELS, "59 labels"),
     "test images of another size": (put(TEST_IMAGES, idx_bytes(IMAGES[:30, :18])), "18x24", "alike"),
-    "images too small": (put(TRAIN_IMAGES, idx_bytes(IMAGES[:, :4, :4])), TRAIN_IMAGES, "4x4"),
+    "images too small": (put(TRAIN_IMAGES, idx_bytes(IMAGES[:, :4, :4])), "4x4", "--image_size"),
     "no images": (put(TRAIN_IMAGES, idx_bytes(IMAGES[:0])), TRAIN_IMAGES, "no values"),
     "one class": (
         lambda folder: (put(TRAIN_LABELS, idx_bytes(LABELS * 0))(folder), put(TEST_LABELS, idx_bytes(LABELS[:30] * 0))(folder)),

@@ -1,11 +1,16 @@
-"""What each step reads: the same examples on every topology, every example once an epoch, from any step at no cost."""
+"""What each step reads: the same examples on every topology, every example once an epoch, from any step at no cost.
+
+All of it from memory, and from shards of unequal size.
+"""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import pipeline
-from trainer.dataset import Examples
+from trainer import pipeline, records, shards
+from trainer.collection import Collection, Images, Split
+from trainer.convert import convert
+from trainer.dataset import Examples, Part
 from trainer.plan import make_plan
 from trainer.presets import from_preset
 
@@ -16,9 +21,32 @@ EXAMPLES = Examples(
 )
 
 
-def batches(num_pipelines: int, num_replicas: int, batch: int, first_step: int, num_steps: int, seed: int = 0) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Part:
+    """The examples as records of three shards, in segments of four: 35, 34 and 34 of them."""
+    split = Split(Images(EXAMPLES.images), EXAMPLES.labels.astype(np.int64))
+    collection = Collection(format="npz", splits={"train": split, "test": split}, class_names=tuple(map(str, range(NUM))))
+    request = shards.Request(num_shards=3, encoding="raw", image_size=None, test_fraction=0, seed=0, on_error="fail")
+    folder = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SEGMENT_RECORDS", 4)
+        convert(collection, folder, request, 1, lambda _: None)
+    found = records.describe(str(folder)).records("train")
+    assert np.bincount(found.segments[:, records.SHARD], found.segments[:, records.COUNT]).tolist() == [35, 34, 34]
+    assert len(found.segments) == 27
+    return found
+
+
+@pytest.fixture(params=["memory", "records"])
+def examples(request: pytest.FixtureRequest) -> Part:
+    return EXAMPLES if request.param == "memory" else request.getfixturevalue("on_disk")
+
+
+def batches(
+    examples: Part, num_pipelines: int, num_replicas: int, batch: int, first_step: int, num_steps: int, seed: int = 0
+) -> list[list[int]]:
     """The labels of the global batches that all input pipelines read together."""
-    make = pipeline.train_dataset_fn(EXAMPLES, batch, first_step, seed)
+    make = pipeline.train_dataset_fn(examples, batch, first_step, seed)
     steps: list[list[int]] = [[] for _ in range(num_steps)]
     local = num_replicas // num_pipelines
     for index in range(num_pipelines):
@@ -30,30 +58,40 @@ def batches(num_pipelines: int, num_replicas: int, batch: int, first_step: int, 
     return steps
 
 
-@pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (1, 4), (2, 2), (2, 4), (4, 8)])
-def test_global_batch_of_a_step_is_the_same_on_every_topology(num_pipelines: int, num_replicas: int) -> None:
-    assert batches(num_pipelines, num_replicas, 16, 0, 9) == batches(1, 1, 16, 0, 9)
+@pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (1, 4), (2, 2), (2, 4), (4, 8), (3, 3)])
+def test_global_batch_of_a_step_is_the_same_on_every_topology(num_pipelines: int, num_replicas: int, examples: Part) -> None:
+    assert batches(examples, num_pipelines, num_replicas, 24, 0, 9) == batches(examples, 1, 1, 24, 0, 9)
 
 
-def test_every_epoch_holds_every_example_once_in_an_order_of_its_own() -> None:
-    stream = sum(batches(1, 1, 8, 0, 3 * NUM // 8 + 1), [])
+@pytest.mark.parametrize("batch", [1, 8, 96])
+def test_every_epoch_holds_every_example_once_in_an_order_of_its_own(batch: int, examples: Part) -> None:
+    stream = sum(batches(examples, 1, 1, batch, 0, 3 * NUM // batch + 1), [])
     epochs = [stream[start : start + NUM] for start in range(0, 3 * NUM, NUM)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM))
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_starting_at_a_step_reads_what_that_step_would_have_read() -> None:
-    assert batches(2, 4, 16, 5, 4) == batches(1, 1, 16, 0, 9)[5:]
+@pytest.mark.parametrize("first_step", [1, 5, 8])
+def test_starting_at_a_step_reads_what_that_step_would_have_read(first_step: int, examples: Part) -> None:
+    assert batches(examples, 2, 4, 16, first_step, 4) == batches(examples, 1, 1, 16, 0, 12)[first_step : first_step + 4]
 
 
-def test_other_seed_gives_another_order() -> None:
-    assert batches(1, 1, 16, 0, 3, seed=1) != batches(1, 1, 16, 0, 3, seed=2)
+def test_other_seed_gives_another_order(examples: Part) -> None:
+    assert batches(examples, 1, 1, 16, 0, 3, seed=1) != batches(examples, 1, 1, 16, 0, 3, seed=2)
+
+
+def test_a_batch_of_records_holds_other_segments_in_each_epoch(on_disk: Part) -> None:
+    """Which examples come together changes, although runs of records are read in one go."""
+    first, second = (
+        {frozenset(batch) for batch in batches(on_disk, 1, 1, 16, first_step, 6)} for first_step in (0, NUM // 16 + 1)
+    )
+    assert not first & second
 
 
 @pytest.mark.parametrize(("num_pipelines", "num_replicas", "batch"), [(1, 1, 10), (1, 4, 32), (2, 4, 104), (3, 3, 300)])
-def test_evaluation_counts_every_example_once(num_pipelines: int, num_replicas: int, batch: int) -> None:
-    make = pipeline.eval_dataset_fn(EXAMPLES, batch)
+def test_evaluation_counts_every_example_once(num_pipelines: int, num_replicas: int, batch: int, examples: Part) -> None:
+    make = pipeline.eval_dataset_fn(examples, batch)
     seen = []
     for index in range(num_pipelines):
         context = tf.distribute.InputContext(num_pipelines, index, num_replicas)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 from PIL import Image
 
-from trainer import predict
+from trainer import pictures, predict
 from trainer.errors import RequestError
 from trainer.images import gray_from_bytes, to_model_input
 
@@ -83,7 +83,7 @@ def test_jpeg_and_its_orientation_are_understood(digits, model_dir: Path, tmp_pa
 @pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent"])
 def test_command_and_exported_signature_see_the_same(kind: str, digits, tmp_path: Path) -> None:
     draw(digits[5][0], kind).save(tmp_path / "a.png")
-    ours = to_model_input(tf.constant(np.asarray(predict.load_image(tmp_path / "a.png"), np.float32)), 28, 28)
+    ours = to_model_input(tf.constant(np.asarray(pictures.load(tmp_path / "a.png", 1), np.float32)), 28, 28)
     exported = to_model_input(gray_from_bytes(tf.constant((tmp_path / "a.png").read_bytes())), 28, 28)
     np.testing.assert_allclose(ours, exported, atol=4)
 
@@ -116,22 +116,22 @@ def test_what_is_no_image_is_refused_with_its_name(kind: str, tmp_path: Path) ->
         content = (tmp_path / "a.png").read_bytes()[:5000]
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(RequestError, match=words) as caught:
-        predict.load_image(tmp_path / "a.png")
+        pictures.load(tmp_path / "a.png", 1)
     assert str(tmp_path / "a.png") in str(caught.value)
 
 
 def test_missing_file_folder_and_too_large_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="No such file"):
-        predict.load_image(tmp_path / "none.png")
+        pictures.load(tmp_path / "none.png", 1)
     with pytest.raises(RequestError, match="cannot be read"):
-        predict.load_image(tmp_path)
+        pictures.load(tmp_path, 1)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     with pytest.raises(RequestError, match=r"too large: .*100000000 pixels"):
-        predict.load_image(tmp_path / "bomb.png")
+        pictures.load(tmp_path / "bomb.png", 1)
     with open(tmp_path / "long.png", "wb") as file:
         file.truncate(40 * 2**20)
     with pytest.raises(RequestError, match="40 MiB are too large"):
-        predict.load_image(tmp_path / "long.png")
+        pictures.load(tmp_path / "long.png", 1)
 
 
 def test_command_prints_a_line_an_image(digits, model_dir: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_command_prints_a_line_an_image(digits, model_dir: Path, tmp_path: Path)
         ("predict", ["--model_dir=/nowhere", "{image}"], "no finished job"),
         ("evaluate", [], "--model_dir must be given"),
         ("evaluate", ["--model_dir=/nowhere"], "no finished job"),
-        ("evaluate", ["--model_dir=/nowhere", "--data_dir=/nowhere"], "is there"),
+        ("evaluate", ["--model_dir=/nowhere", "--data_dir=/nowhere"], "no finished job"),
         ("evaluate", ["--model_dir=/nowhere", "--format=xml"], "--format"),
     ],
 )

@@ -5,51 +5,16 @@ Values that are derived from the configuration and the data (steps, batches a re
 """
 
 import dataclasses
-import math
+import re
 from typing import Any
 
 from trainer.errors import RequestError
+from trainer.options import check_field, option, parse_size
 
 PRECISIONS = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
+MODELS = ("bn_cnn", "cnn", "fast_cnn", "deep_cnn")
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    above: float | None = None,
-    result: bool = True,
-    shared: bool = True,
-) -> Any:
-    """Declares one option.
-
-    Args:
-        default: the value in the preset `default`.
-        help: one or two sentences with the unit.
-        choices: the only values allowed.
-        at_least: smallest number allowed.
-        at_most: largest number allowed.
-        below: first number that is too large.
-        above: last number that is too small.
-        result: whether the trained weights depend on it; if so, a run cannot go on with another value.
-        shared: whether all workers of a job must have the same value.
-    """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "at_least": at_least,
-        "at_most": at_most,
-        "below": below,
-        "above": above,
-        "result": result,
-        "shared": shared,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +31,28 @@ class Config:
     model: str = option(
         "fast_cnn",
         "bn_cnn: conv-relu-BN-pool twice and a dense layer. cnn: the same without BN, valid padding. "
-        "fast_cnn: bn_cnn in the order conv-pool-BN-relu. deep_cnn: fast_cnn with five convolutions.",
-        choices=("bn_cnn", "cnn", "fast_cnn", "deep_cnn"),
+        "fast_cnn: bn_cnn in the order conv-pool-BN-relu. deep_cnn: fast_cnn with five convolutions. package.module:function: "
+        "your own; a function (input_shape, num_classes, config) that gives a keras.Model of images to logits.",
     )
     data_dir: str = option(
         "",
-        "Folder with the four IDX files of a data set, gzipped or not. Empty: the embedded MNIST.",
+        "Data set: a folder that trainer.prepare wrote (also gs://), one with four IDX files, with a folder of pictures for "
+        "each class in train/ and test/, or with a CSV; or an .npz or .csv file. Empty: the embedded MNIST.",
         result=False,
         shared=False,
+    )
+    image_size: str = option("", "HEIGHTxWIDTH, or one number for both: images are scaled to it. Empty: their own size.")
+    input_pipeline: str = option(
+        "auto",
+        "Where a prepared data set is read from while training. memory: read once. stream: from its shards, in an order "
+        "mixed anew each epoch. auto: memory up to 1 GiB of pixels.",
+        choices=("auto", "memory", "stream"),
+    )
+    on_error: str = option(
+        "fail",
+        "Damaged records of a prepared data set. skip: look for them before training, count them in result.json, and train on "
+        "the rest.",
+        choices=("fail", "skip"),
     )
     model_dir: str = option(
         "",
@@ -211,7 +190,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_field(field, getattr(self, field.name))
+            check_field(field, getattr(self, field.name))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -220,6 +199,10 @@ class Config:
         ]  # fmt: skip
         if needs_validation and not self.validation_fraction:
             raise RequestError(f"--{needs_validation[0]} needs validation examples: give --validation_fraction above 0")
+        if self.model not in MODELS and not _FUNCTION.fullmatch(self.model):
+            raise RequestError(
+                f"--model={self.model}: expected one of {', '.join(MODELS)}, or package.module:function of your own"
+            )
         if self.num_classes == 1:
             raise RequestError("--num_classes=1: a classifier needs at least 2 classes, or 0 to count them in the data")
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -233,7 +216,17 @@ class Config:
             )
         if "://" in self.model_dir:
             raise RequestError(f"--model_dir={self.model_dir}: object stores have no atomic rename; mount it and give the path")
-        self.profile_range  # noqa: B018  (raises on a malformed range)
+        _ = self.profile_range, self.image_hw  # Raise on what is malformed.
+
+    @property
+    def is_custom_model(self) -> bool:
+        """Whether `--model` names a function of the user's."""
+        return ":" in self.model
+
+    @property
+    def image_hw(self) -> tuple[int, int] | None:
+        """Height and width that images are scaled to, or None."""
+        return parse_size("image_size", self.image_size)
 
     @property
     def profile_range(self) -> tuple[int, int] | None:
@@ -257,20 +250,3 @@ class Config:
 
     def _fields_with(self, property_name: str) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata[property_name]}
-
-
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    limits = field.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        raise RequestError(f"--{field.name}={value}: expected one of {', '.join(limits['choices'])}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"--{field.name}={value}: expected a finite number")
-    tests = {
-        "at least": limits["at_least"] is None or value >= limits["at_least"],
-        "at most": limits["at_most"] is None or value <= limits["at_most"],
-        "below": limits["below"] is None or value < limits["below"],
-        "above": limits["above"] is None or value > limits["above"],
-    }
-    for words, holds in tests.items():
-        if not holds:
-            raise RequestError(f"--{field.name}={value}: expected a number {words} {limits[words.replace(' ', '_')]}")

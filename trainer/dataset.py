@@ -1,17 +1,20 @@
-"""The examples of a job in memory: loaded, checked, split. How they are fed to devices is `pipeline.py`'s business."""
+"""The examples of a job: found, checked, split. How they are fed to devices is `pipeline.py`'s business."""
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-from trainer import idx
+from trainer import formats, pictures, records
+from trainer.collection import Collection, Images, Split
+from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.records import Records
 
 EMBEDDED = Path(__file__).parent / "mnist"
-_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 # Of the unpacked files: they prove that the embedded data is MNIST, whole and unchanged.
 _EMBEDDED_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -22,17 +25,25 @@ _EMBEDDED_SHA256 = {
 _MIN_SIDE = 10  # Two valid 3x3 convolutions with 2x2 pooling leave one pixel of 10.
 # The split does not follow --seed, so that runs with other seeds validate on the same examples. 42 is the article's.
 SPLIT_SEED = 42
+# Pixels of a data set that is held in memory, also while pictures of files are read into it.
+MEMORY_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N examples. images: uint8 [N, H, W, 1] in [0, 255]; labels: int32 [N]."""
+    """N examples in memory. images: uint8 [N, H, W, C] in [0, 255]; labels: int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
 
     def sha256(self) -> str:
         """Hash of all values, to know the same data again."""
@@ -42,71 +53,157 @@ class Examples:
         return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """The two sets of a data set, `sha256` over both, and the number of classes."""
+# In memory, or where they are to be read from.
+Part: TypeAlias = Examples | Records
 
-    train: Examples
-    test: Examples
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    """The two sets of a data set.
+
+    Attributes:
+        train: what is trained and validated on.
+        test: what is tested on, once.
+        num_classes: of the network's output.
+        sha256: over both sets, to know the same data again.
+        class_names: by label; fewer than classes where --num_classes asks for more.
+        pictures: "digits", light strokes on black that other pictures are made to look like for prediction, or "photos",
+            which are taken as they are.
+        description: what was found, in one line.
+        skipped: damaged examples that were taken out.
+    """
+
+    train: Part
+    test: Part
     num_classes: int
     sha256: str
+    class_names: tuple[str, ...]
+    pictures: str
+    description: str
+    skipped: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the network's input."""
+        return self.train.image_shape
 
 
-def load_examples(data_dir: str, split: str) -> Examples:
-    """Reads and checks one of the two sets.
-
-    Args:
-        data_dir: folder with the IDX files; empty for the embedded MNIST.
-        split: "train" or "test".
-
-    Raises:
-        RequestError: a file is missing or damaged, or images and labels do not belong together.
-    """
-    folder = Path(data_dir) if data_dir else EMBEDDED
-    hashes = {} if data_dir else _EMBEDDED_SHA256
-    image_name, label_name = _FILES[split]
-    image_path, label_path = idx.find(folder, image_name), idx.find(folder, label_name)
-    images = idx.read(image_path, 3, hashes.get(image_name, ""))
-    labels = idx.read(label_path, 1, hashes.get(label_name, ""))
-    if len(images) != len(labels):
-        raise RequestError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
-    if min(images.shape[1:]) < _MIN_SIDE:
-        raise RequestError(
-            f"{image_path}: images of {images.shape[1]}x{images.shape[2]} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}"
-        )
-    return Examples(images[..., np.newaxis], labels.astype(np.int32))
+def load_for(config: Config) -> Dataset:
+    """The data set that a configuration names. Raises as `load`."""
+    return load(config.data_dir, config.num_classes, config.image_hw, on_error=config.on_error)
 
 
-def load(data_dir: str, num_classes: int = 0) -> Dataset:
-    """Reads a whole data set.
+def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None = None, *, on_error: str = "fail") -> Dataset:
+    """Finds out what kind of data set it is, and reads it: all of it, or where its records are.
 
     Args:
-        data_dir: folder with the four IDX files; empty for the embedded MNIST.
+        data_dir: folder of a prepared data set (also gs://), of IDX files, of pictures by class or with a CSV; or the path of
+            an .npz or .csv file; empty for the embedded MNIST.
         num_classes: number of classes; 0 for the largest label plus one.
+        image_size: height and width that images are scaled to; None for their own.
+        on_error: "fail" or "skip" what is damaged, of prepared data.
 
     Raises:
-        RequestError: as `load_examples`, or the two sets or the number of classes do not fit together.
+        RequestError: something is missing or damaged, or does not fit together.
     """
-    train, test = load_examples(data_dir, "train"), load_examples(data_dir, "test")
-    if train.images.shape[1:] != test.images.shape[1:]:
+    prepared = bool(data_dir) and (records.is_prepared(data_dir) or records.is_remote(data_dir))
+    if on_error == "skip" and not prepared:
+        raise RequestError(f"--on_error=skip: {data_dir or 'the embedded MNIST'} is no data set of trainer.prepare")
+    if prepared:
+        train, test, names, sha256, kind, found = _load_records(data_dir, image_size, on_error)
+    else:
+        train, test, names, sha256, kind, found = _load_collection(data_dir, image_size)
+    if min(train.image_shape[:2]) < _MIN_SIDE:
+        raise RequestError(f"{data_dir}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give --image_size")
+    if train.image_shape != test.image_shape:
         raise RequestError(
-            f"{data_dir}: training images are {_size(train)} pixels, test images {_size(test)}: they must be alike"
+            f"{data_dir}: training images are {_size(train)} pixels, test images {_size(test)}: not alike; give --image_size"
         )
-    found = int(max(train.labels.max(), test.labels.max())) + 1
-    if num_classes and num_classes < found:
-        raise RequestError(f"--num_classes={num_classes}: the data has the label {found - 1}; at least {found} are needed")
-    if found < 2:
-        raise RequestError(f"{data_dir}: every label is 0; a classifier needs two classes")
+    if num_classes and num_classes < len(names):
+        raise RequestError(
+            f"--num_classes={num_classes}: the data has the label {len(names) - 1}; at least {len(names)} are needed"
+        )
+    if len(names) < 2:
+        raise RequestError(f"{data_dir}: every label is {names[0] if names else 0}; a classifier needs two classes")
+    classes = num_classes or len(names)
+    description = (
+        f"{data_dir or 'embedded MNIST'}: {found}: {len(train)} training and {len(test)} test examples of {_size(train)}"
+        f"x{train.image_shape[2]}, {classes} classes"
+    )
+    return Dataset(
+        train=train,
+        test=test,
+        num_classes=classes,
+        sha256=sha256,
+        class_names=names,
+        pictures=kind,
+        description=description,
+    )
+
+
+_Found = tuple[Part, Part, tuple[str, ...], str, str, str]
+
+
+def _load_records(folder: str, image_size: tuple[int, int] | None, on_error: str) -> _Found:
+    described = records.describe(folder)
+    parts = [described.records(split, image_size, skip_missing=on_error == "skip") for split in ("train", "test")]
+    shards = sum(len(part.files) for part in parts)
+    found = f"{shards} shards of {described.content['encoding']} records"
+    return parts[0], parts[1], described.class_names, described.sha256, described.pictures, found
+
+
+def _load_collection(data_dir: str, image_size: tuple[int, int] | None) -> _Found:
+    if data_dir:
+        collection = formats.collect("auto", Path(data_dir))
+    else:
+        splits = {split: formats.idx_split(EMBEDDED, split, _EMBEDDED_SHA256) for split in formats.IDX_FILES}
+        collection = Collection(format="idx", splits=splits, class_names=formats.numbered(splits))
+    if "test" not in collection.splits:
+        raise RequestError(
+            f"{data_dir}: has a training set only; add a test set, or let trainer.prepare --test_fraction=0.1 split one off"
+        )
+    train, test = (_in_memory(data_dir, collection.splits[split], image_size) for split in ("train", "test"))
     sha256 = hashlib.sha256((train.sha256() + test.sha256()).encode()).hexdigest()
-    return Dataset(train, test, num_classes or found, sha256)
+    names = {"idx": "IDX files", "npz": "npz archive", "images": "folders of pictures by class", "csv": "CSV of pictures"}
+    return train, test, collection.class_names, sha256, collection.pictures, names[collection.format]
 
 
-def _size(examples: Examples) -> str:
-    return "x".join(str(side) for side in examples.images.shape[1:3])
+def _in_memory(data_dir: str, split: Split, image_size: tuple[int, int] | None) -> Examples:
+    if isinstance(split.images, Images) and image_size in (None, split.images.pixels.shape[1:3]):
+        return Examples(split.images.pixels, split.labels.astype(np.int32))
+    found = split.images.read(range(len(split)))
+    first = _readable(next(found), image_size)
+    if math.prod(first.shape) * len(split) > MEMORY_BYTES:
+        raise RequestError(
+            f"{data_dir}: {len(split)} images of {first.shape[0]}x{first.shape[1]} pixels are too many to read all at the start: "
+            "convert them once with trainer.prepare, or give a smaller --image_size"
+        )
+    pixels = np.empty((len(split), *first.shape), np.uint8)
+    pixels[0] = first
+    for index, image in enumerate(found, start=1):
+        image = _readable(image, image_size)
+        if image.shape != first.shape:
+            sizes = " and ".join(f"{shape[0]}x{shape[1]}" for shape in (first.shape, image.shape))
+            raise RequestError(f"{data_dir}: has images of {sizes} pixels: give --image_size=HEIGHTxWIDTH")
+        pixels[index] = image
+    return Examples(pixels, split.labels.astype(np.int32))
 
 
-def split_validation(examples: Examples, fraction: float) -> tuple[Examples, Examples | None]:
+def _readable(image: np.ndarray | RequestError, size: tuple[int, int] | None) -> np.ndarray:
+    if isinstance(image, RequestError):
+        raise image
+    return pictures.resize(image, size) if size else image
+
+
+def _size(examples: Part) -> str:
+    return "x".join(str(side) for side in examples.image_shape[:2])
+
+
+def split_validation(examples: Part, fraction: float) -> tuple[Part, Part | None]:
     """Splits off the validation examples, stratified by class; the same ones for every seed.
+
+    Records lie in an order in which every stretch of them has each class's share (`convert.stratified_order`): their last
+    ones validate, from the start of a segment on, so that they can be a few more than asked for.
 
     Args:
         examples: the training set.
@@ -120,6 +217,11 @@ def split_validation(examples: Examples, fraction: float) -> tuple[Examples, Exa
     """
     if not fraction:
         return examples, None
+    if isinstance(examples, Records):
+        first = examples.segment_start(len(examples) - math.ceil(fraction * len(examples)))
+        if not first:
+            raise RequestError(f"--validation_fraction={fraction}: nothing is left to train on")
+        return examples.slice(0, first), examples.slice(first, len(examples))
     # Imported here: it costs most of a second, which `trainer.predict` and `trainer.evaluate` need not pay.
     from sklearn.model_selection import train_test_split
 

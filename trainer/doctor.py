@@ -65,9 +65,14 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
         report.add(**dataclasses.asdict(finding))
     if workers is None or data is None:
         return
+    found = data
+    data = report.check("records", lambda: _look_at_records(config, found))
+    if data is None:
+        return
     layout = report.check("strategy", lambda: ((found := choose_layout(config, workers)).describe(), found))
     if layout is None:
         return
+    report.check("model", lambda: _look_at_model(config, data))
     plan = report.check("batch", lambda: _look_at_batch(config, data, layout.num_replicas))
     if plan is None or model_dir is None:
         return
@@ -93,14 +98,24 @@ def _look_at_model_dir(config: Config, workers: Cluster) -> tuple[str, Path]:
 
 
 def _look_at_data(config: Config) -> tuple[str, dataset.Dataset]:
-    data = dataset.load(config.data_dir, config.num_classes)
-    height, width, channels = data.train.images.shape[1:]
-    text = (
-        f"{config.data_dir or 'embedded MNIST'}: {len(data.train)} training and {len(data.test)} test examples of "
-        f"{height}x{width}x{channels}, {data.num_classes} classes; "
-        "every worker holds all of them, so there are no shards to share out"
-    )
-    return text, data
+    data = dataset.load_for(config)
+    return data.description, data
+
+
+def _look_at_records(config: Config, data: dataset.Dataset) -> tuple[str, dataset.Dataset]:
+    from trainer import loading
+    from trainer.records import Records
+
+    found = loading.loaded(config, data)
+    share = "reads its share of the shards" if isinstance(found.train, Records) else "holds all examples in memory"
+    return f"every worker {share}; {found.skipped} damaged examples are left out", found
+
+
+def _look_at_model(config: Config, data: dataset.Dataset) -> tuple[str, None]:
+    from trainer.models import inference_model
+
+    model = inference_model(config, data.image_shape, data.num_classes)
+    return f"{config.model}: {model.count_params()} parameters", None
 
 
 def _look_at_batch(config: Config, data: dataset.Dataset, num_replicas: int) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
 
     Args:
         model_dir: folder of a finished job.
-        data_dir: folder with the IDX files; empty for the embedded MNIST.
+        data_dir: the data set, as `dataset.load` takes it; its images are scaled to the model's.
 
     Returns:
         test_accuracy, test_loss (nats) and test_examples.
@@ -26,30 +27,43 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     Raises:
         RequestError: there is no export, or the data does not fit it.
     """
-    examples = dataset.load_examples(data_dir, "test")
     with cli.quiet_start():
         import tensorflow as tf
 
         from trainer import exported
 
         model = exported.load(model_dir)
-    if examples.images.shape[1:] != model.input_shape:
-        raise RequestError(f"--data_dir={data_dir}: images {examples.images.shape[1:]}, the model takes {model.input_shape}")
-    batches = [
-        model.signatures["serving_uint8"](images=tf.constant(examples.images[start : start + _BATCH]))["probabilities"].numpy()
-        for start in range(0, len(examples), _BATCH)
-    ]
-    probabilities = np.concatenate(batches).astype(np.float64)
-    if examples.labels.max() >= probabilities.shape[1]:
+    height, width, channels = model.input_shape
+    data = dataset.load(data_dir, image_size=(height, width))
+    examples = data.test
+    if data.image_shape != model.input_shape:
+        raise RequestError(f"--data_dir={data_dir}: images of {data.image_shape[2]} channels, the model takes {channels}")
+    if data.num_classes > len(model.class_names):
         raise RequestError(
-            f"--data_dir={data_dir}: has the label {examples.labels.max()}, the model {probabilities.shape[1]} classes"
+            f"--data_dir={data_dir}: has the label {data.num_classes - 1}, the model {len(model.class_names)} classes"
         )
-    of_label = probabilities[np.arange(len(examples)), examples.labels]
+    predicted, known = [], []
+    for images, labels in _batches(examples):
+        predicted.append(model.signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy())
+        known.append(labels)
+    probabilities, labels = np.concatenate(predicted).astype(np.float64), np.concatenate(known)
+    of_label = probabilities[np.arange(len(examples)), labels]
     return {
-        "test_accuracy": float(np.mean(probabilities.argmax(axis=1) == examples.labels)),
+        "test_accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
         "test_loss": float(-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
         "test_examples": len(examples),
     }
+
+
+def _batches(examples: dataset.Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All examples in order, as images uint8 [n, H, W, C] and labels int32 [n]."""
+    if isinstance(examples, dataset.Examples):
+        for start in range(0, len(examples), _BATCH):
+            yield examples.images[start : start + _BATCH], examples.labels[start : start + _BATCH]
+    else:
+        from trainer import streaming
+
+        yield from streaming.batches(examples)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -58,7 +72,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "data_dir",
         "",
-        "Folder with the IDX files. Empty: the embedded MNIST.",
+        "Data set, as for trainer.task; its images are scaled to the model's. Empty: the embedded MNIST.",
         flag_values=values,
         module_name=sys.argv[0],
     )

@@ -11,10 +11,12 @@ from trainer.errors import RequestError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """The signatures of an export, and the images it takes: (H, W, C)."""
+    """The signatures of an export, the images it takes, (H, W, C), its classes' names and what pictures show."""
 
     signatures: dict[str, Any]
     input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    pictures: str
 
 
 def load(model_dir: str) -> Model:
@@ -32,10 +34,12 @@ def load(model_dir: str) -> Model:
         first_line = (str(error).splitlines() or [""])[0]
         raise RequestError(f"--model_dir={model_dir}: {folder} is damaged ({first_line}): run the job's command again") from error
     signatures = dict(loaded.signatures)
-    if "serving_uint8" not in signatures or "image_bytes" not in signatures:
-        raise RequestError(f"--model_dir={model_dir}: {folder} was not exported by digitfleet")
+    if "serving_uint8" not in signatures or "image_bytes" not in signatures or not hasattr(loaded, "describe"):
+        raise RequestError(f"--model_dir={model_dir}: {folder} was not exported by this version of digitfleet: run the job again")
     spec = signatures["serving_uint8"].structured_input_signature[1]["images"]
     height, width, channels = spec.shape[1:]
     # The loaded object owns the variables that the signatures use.
     signatures["_owner"] = loaded
-    return Model(signatures, (height, width, channels))
+    described = {name: value.numpy() for name, value in loaded.describe().items()}
+    names = tuple(name.decode() for name in described["class_names"])
+    return Model(signatures, (height, width, channels), names, described["pictures"].decode())

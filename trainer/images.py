@@ -1,4 +1,4 @@
-"""Turns a picture of one digit, of any size and polarity, into what the network was trained on.
+"""Turns a picture, of any size, into what the network was trained on; one of a digit also of any polarity and place.
 
 MNIST's digits are light on dark, scaled into a box of 20/28 of the side, and centred by their centre of mass
 (http://yann.lecun.com/exdb/mnist/). The same TensorFlow function serves `trainer.predict` and the exported signature.
@@ -26,6 +26,34 @@ def gray_from_bytes(content: tf.Tensor) -> tf.Tensor:
     alpha = tf.where(has_alpha, pixels[..., -1], 255.0) / 255
     luma = tf.cond(channels >= 3, lambda: tf.linalg.matvec(pixels[..., :3], [0.299, 0.587, 0.114]), lambda: pixels[..., 0])
     return luma * alpha + 255 * (1 - alpha)
+
+
+def rgb_from_bytes(content: tf.Tensor) -> tf.Tensor:
+    """Decodes PNG, JPEG, GIF or BMP bytes.
+
+    Args:
+        content: string [].
+
+    Returns:
+        float32 [H, W, 3] in [0, 255]; what is transparent becomes white, and gray is repeated.
+    """
+    pixels = tf.cast(tf.io.decode_image(content, channels=4, expand_animations=False), tf.float32)
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + 255 * (1 - alpha)
+
+
+def scaled(pixels: tf.Tensor, height: int, width: int) -> tf.Tensor:
+    """Scales pictures as the input pipeline does, each axis by itself and with antialiasing.
+
+    Args:
+        pixels: float32 [H, W, C] or [N, H, W, C] in [0, 255].
+        height: wanted, pixels.
+        width: wanted, pixels.
+
+    Returns:
+        float32 [height, width, C] or [N, height, width, C] in [0, 255], whole numbers.
+    """
+    return tf.clip_by_value(tf.round(tf.image.resize(pixels, [height, width], antialias=True)), 0, 255)
 
 
 def to_model_input(gray: tf.Tensor, height: int, width: int) -> tf.Tensor:

@@ -11,14 +11,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, exchange, machine, pipeline, preflight, steps, storage
+from trainer import claim, exchange, loading, machine, pipeline, preflight, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
 from trainer.console import ConsoleWriter
-from trainer.dataset import Dataset, Examples, split_validation
+from trainer.dataset import Dataset, Part, split_validation
 from trainer.errors import Stopped
 from trainer.export import export, weights_sha256
 from trainer.loop import Evaluation, Loop, Work
@@ -56,6 +56,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
+    dataset = loading.loaded(config, dataset)
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
     if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
@@ -64,9 +65,14 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     layout = choose_layout(config, cluster)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
     plan = make_plan(config, len(train_set), layout.num_replicas)
+    _log.info("%s", dataset.description)
     _log.info("%s", layout.describe())
     _log.info("%s", plan.describe())
-    with preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch), _peers_can_be_lost(watch):
+    with (
+        preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch),
+        _peers_can_be_lost(watch),
+        loading.damage_told(dataset),
+    ):
         if watch.peers:
             _tell([machine.check_clocks(watch.peers)])
         topology = make_topology(config, layout, cluster)
@@ -84,7 +90,7 @@ def _train(
     config: Config,
     plan: Plan,
     dataset: Dataset,
-    examples: tuple[Examples, Examples | None, Examples],
+    examples: tuple[Part, Part | None, Part],
     topology: Topology,
     cluster: Cluster,
     restarts: int,
@@ -123,14 +129,16 @@ def _train(
         watch.feed("testing", compiles=True)
         test = evaluate(test_set)()
         validation = work.validate() if work.validate else None
-        result = _result(config, plan, topology, progress, restarts, test, validation, weights_sha256(state.inference))
+        result = _result(
+            config, plan, topology, progress, restarts, dataset.skipped, test, validation, weights_sha256(state.inference)
+        )
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
         watch.feed("exporting", compiles=True)
         with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
             writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
                            "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
-                _export(plain, state, model_dir)
+                _export(plain, state, dataset, model_dir)
                 claim.finish(model_dir, result)
     return result
 
@@ -153,7 +161,7 @@ def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
 
 def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:
     """The variables of the job, and a model outside of the strategy to export."""
-    input_shape, num_classes = dataset.train.images.shape[1:], dataset.num_classes
+    input_shape, num_classes = dataset.image_shape, dataset.num_classes
     with topology.strategy.scope():
         synchronized = config.sync_batch_norm and topology.num_replicas > 1
         model = training_model(config, input_shape, num_classes, synchronized=synchronized)
@@ -168,13 +176,13 @@ def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology)
     return state, inference_model(config, input_shape, num_classes)
 
 
-def _export(plain: keras.Model, state: steps.State, model_dir: Path) -> None:
+def _export(plain: keras.Model, state: steps.State, dataset: Dataset, model_dir: Path) -> None:
     for plain_variable, variable in zip(weights_of(plain), weights_of(state.inference), strict=True):
         plain_variable.assign(variable.numpy())
-    export(plain, model_dir)
+    export(plain, model_dir, dataset.class_names, dataset.pictures)
 
 
-def train_iterator(config: Config, examples: Examples, first_step: int, topology: Topology) -> Any:
+def train_iterator(config: Config, examples: Part, first_step: int, topology: Topology) -> Any:
     """The global batches from `first_step` on, each worker's share of them."""
     dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed)
     return iter(topology.strategy.distribute_datasets_from_function(dataset_fn))
@@ -182,12 +190,12 @@ def train_iterator(config: Config, examples: Examples, first_step: int, topology
 
 def _evaluations(
     model: keras.Model, topology: Topology, sum_over_workers: Callable[[tf.Tensor], tf.Tensor]
-) -> Callable[[Examples], Evaluation]:
+) -> Callable[[Part], Evaluation]:
     """A function that makes the evaluation of `model` on some examples; the graph is the same for all."""
     batch = _EVAL_BATCH_PER_REPLICA * topology.num_replicas
     eval_loop = steps.make_eval_loop(model, topology.strategy)
 
-    def make(examples: Examples) -> Evaluation:
+    def make(examples: Part) -> Evaluation:
         num_batches = tf.constant(-(-len(examples) // batch), tf.int64)
         dataset = topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch))
 
@@ -216,6 +224,7 @@ def _result(
     topology: Topology,
     progress: Progress,
     restarts: int,
+    skipped: int,
     test: np.ndarray,
     validation: np.ndarray | None,
     sha256: str,
@@ -229,6 +238,7 @@ def _result(
         "test_accuracy": float(test[steps.CORRECT] / examples),
         "test_loss": float(test[steps.LOSS] / examples),
         "test_examples": int(examples),
+        "skipped_examples": skipped,
         "validation_accuracy": None if validation is None else float(validation[steps.CORRECT] / validation[steps.EXAMPLES]),
         "steps": progress.step,
         "epochs": plan.epochs_at(progress.step),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import keras
 
+from trainer import custom
 from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -20,7 +21,7 @@ _DEEP_STAGES = ((32,), (64, 64), (128, 128))
 _DENSE_UNITS = 128
 
 
-def training_model(config: Config, input_shape: tuple[int, ...], num_classes: int, *, synchronized: bool) -> keras.Model:
+def training_model(config: Config, input_shape: tuple[int, int, int], num_classes: int, *, synchronized: bool) -> keras.Model:
     """A model of images float32 [b, H, W, C] in [0, 255] and positions int64 [b]; gives logits [b, num_classes].
 
     Args:
@@ -30,24 +31,28 @@ def training_model(config: Config, input_shape: tuple[int, ...], num_classes: in
         synchronized: whether batch normalisation takes its statistics over several replicas.
 
     Raises:
-        RequestError: the images are too small for the network.
+        RequestError: the images are too small for the network, or it is a user's own and cannot be trained.
     """
+    if config.is_custom_model:
+        return custom.build(config, input_shape, num_classes, config.precision, synchronized=synchronized)
     dropout = PositionDropout(config.dropout_rate, config.seed, config.precision) if config.dropout_rate else None
     return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, training=True)
 
 
-def inference_model(config: Config, input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
+def inference_model(config: Config, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
     """The same network without its training parts: images [b, H, W, C] in [0, 255] to logits [b, num_classes].
 
     In float32 whatever the job computes in (float64 stays): what is evaluated is what is exported, and runs anywhere.
     """
     dtype = "float64" if config.precision == "float64" else "float32"
+    if config.is_custom_model:
+        return custom.build(config, input_shape, num_classes, dtype, synchronized=False)
     return _build(config, input_shape, num_classes, dtype, None, False, training=False)
 
 
 def _build(
     config: Config,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, int, int],
     num_classes: int,
     dtype: str,
     dropout: PositionDropout | None,
@@ -117,4 +122,5 @@ def _block(
 
 def weights_of(model: keras.Model) -> list[keras.Variable]:
     """Trainable weights, then moving statistics, each in model order: the order of `weights_sha256`."""
-    return [*model.trainable_variables, *model.non_trainable_variables]
+    # Not `non_trainable_variables`, among which are the seeds of Keras's own dropout.
+    return [*model.trainable_weights, *model.non_trainable_weights]

@@ -1,4 +1,4 @@
-"""Feeds examples to devices with tf.data, by position.
+"""Feeds examples to devices with tf.data, by position: from memory here, from files in `streaming.py`.
 
 A position counts the training examples of a job from 0: step s of a job reads the positions [s B, (s + 1) B) of global
 batch size B, whatever the topology. `index_shuffle` maps a position to an example without any state, so that the global
@@ -11,18 +11,23 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer.dataset import Examples
+from trainer import streaming
+from trainer.dataset import Examples, Part
+from trainer.records import Records
+from trainer.streaming import Share
 
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
 
-def train_dataset_fn(examples: Examples, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
+def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
     """The training input of each worker, endless, from `first_step` on.
 
     Returns:
         A function for `Strategy.distribute_datasets_from_function`, whose elements are the batches of single replicas:
         images uint8 [b, H, W, C], labels int32 [b], positions int64 [b].
     """
+    if isinstance(examples, Records):
+        return _streamed_train_dataset_fn(examples, global_batch_size, first_step, seed)
     images, labels = _tensors(examples)
     num_examples = len(examples)
 
@@ -44,14 +49,16 @@ def train_dataset_fn(examples: Examples, global_batch_size: int, first_step: int
     return dataset_fn
 
 
-def eval_dataset_fn(examples: Examples, global_batch_size: int) -> DatasetFn:
+def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
     """The evaluation input of each worker: every example once, in order; the rest of the last batch has weight 0.
 
     Returns:
         As `train_dataset_fn`; elements are images uint8 [b, H, W, C], labels int32 [b], weights float64 [b], 0 or 1.
     """
-    images, labels = _tensors(examples)
     num_examples = len(examples)
+    if isinstance(examples, Records):
+        return _streamed_eval_dataset_fn(examples, global_batch_size)
+    images, labels = _tensors(examples)
 
     def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         indices = tf.minimum(positions, num_examples - 1)
@@ -62,6 +69,46 @@ def eval_dataset_fn(examples: Examples, global_batch_size: int) -> DatasetFn:
         return _positions(context, global_batch_size, 0).map(gather).prefetch(2)
 
     return dataset_fn
+
+
+def _streamed_train_dataset_fn(records: Records, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
+    decode = streaming.decoder(records)
+
+    def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        share = _share(context, global_batch_size)
+        found = streaming.train_records(records, share, first_step, seed)
+        return _batches(found, context, global_batch_size, lambda serialized, positions: (*decode(serialized), positions))
+
+    return dataset_fn
+
+
+def _streamed_eval_dataset_fn(records: Records, global_batch_size: int) -> DatasetFn:
+    decode, num_examples = streaming.decoder(records), len(records)
+
+    def weighted(serialized: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return (*decode(serialized), tf.cast(positions < num_examples, tf.float64))
+
+    def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        found = streaming.eval_records(records, _share(context, global_batch_size))
+        return _batches(found, context, global_batch_size, weighted)
+
+    return dataset_fn
+
+
+def _batches(
+    found: tf.data.Dataset, context: tf.distribute.InputContext, global_batch_size: int, finish: Callable
+) -> tf.data.Dataset:
+    """A worker's records as the finished batches of its replicas in turn."""
+    batch = context.get_per_replica_batch_size(global_batch_size)
+    finished = found.rebatch(batch, drop_remainder=True).map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    # As `_positions` says: endless, and tf.distribute is to know it.
+    return finished.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(4)
+
+
+def _share(context: tf.distribute.InputContext, global_batch_size: int) -> Share:
+    """The columns of the global batch that this worker's replicas train on."""
+    size = global_batch_size // context.num_input_pipelines
+    return Share(context.input_pipeline_id * size, size, global_batch_size)
 
 
 def _tensors(examples: Examples) -> tuple[tf.Tensor, tf.Tensor]:

@@ -19,11 +19,11 @@ from trainer.errors import RequestError, Stopped
 MIN_FREE_BYTES = 64 * 2**20
 # Longer than NFS clients cache the attributes of a folder (acdirmax, 60 s).
 _SHOWN_WITHIN_SECS = 70.0
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
-def prepare_folder(folder: Path) -> int:
-    """Makes the folder and proves that a job can write there. Returns the bytes that are free on its disk.
+def prepare_folder(folder: Path, flag: str = "--model_dir") -> int:
+    """Makes the folder that a flag names and proves that a job can write there. Returns the bytes that are free on its disk.
 
     Raises:
         RequestError: it cannot be made or written, or the disk is nearly full.
@@ -35,10 +35,10 @@ def prepare_folder(folder: Path) -> int:
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise RequestError(f"--model_dir={folder}: cannot be written: {error.strerror}") from error
+        raise RequestError(f"{flag}={folder}: cannot be written: {error.strerror}") from error
     if free < MIN_FREE_BYTES:
         raise RequestError(
-            f"--model_dir={folder}: {free // 2**20} MiB free on its disk, at least {MIN_FREE_BYTES // 2**20} MiB are needed"
+            f"{flag}={folder}: {free // 2**20} MiB free on its disk, at least {MIN_FREE_BYTES // 2**20} MiB are needed"
         )
     return free
 
@@ -55,13 +55,14 @@ def probe_folder(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, needed: bool, patience: float = 0) -> Iterator[None]:
+def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "--model_dir") -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
 
     Args:
         folder: what to hold.
         needed: False for a process that writes nothing there.
         patience: seconds to wait for another process to let go.
+        flag: the one that names the folder.
 
     Raises:
         RequestError: another process holds it.
@@ -70,13 +71,13 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0) -> Iterator[No
     if not needed:
         yield
         return
-    with open(folder / _LOCK, "a") as lock:
+    with open(folder / LOCK, "a") as lock:
         deadline = time.monotonic() + patience
         while not _lock(lock):
             if not patience:
-                raise RequestError(f"--model_dir={folder}: another job is writing there")
+                raise RequestError(f"{flag}={folder}: another job is writing there")
             if time.monotonic() > deadline:
-                raise Stopped(f"--model_dir={folder}: another job is writing there, still after {patience:g} s")
+                raise Stopped(f"{flag}={folder}: another job is writing there, still after {patience:g} s")
             time.sleep(0.5)
         try:
             yield
@@ -165,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_token(folder: Path, token: str) -> None:
     """Leaves a token in the folder, in the file that the chief holds, for `wait_for_token` on another worker."""
     # In place: a renamed file would not be the one that is locked.
-    (folder / _LOCK).write_text(json.dumps({"token": token}))
+    (folder / LOCK).write_text(json.dumps({"token": token}))
 
 
 def wait_for_token(folder: Path, token: str, writer: str) -> None:
@@ -175,7 +176,7 @@ def wait_for_token(folder: Path, token: str, writer: str) -> None:
         RequestError: it does not: the workers have different folders.
     """
     deadline = time.monotonic() + _SHOWN_WITHIN_SECS
-    while (read_json(folder / _LOCK) or {}).get("token") != token:
+    while (read_json(folder / LOCK) or {}).get("token") != token:
         if time.monotonic() > deadline:
             raise RequestError(f"--model_dir={folder} is not the folder that {writer} writes to: give one that all reach")
         time.sleep(0.1)

@@ -20,7 +20,7 @@ def main(positional: list[str]) -> None:
     workers = cluster.from_environment()
     config = task_flags.with_model_dir(config, len(workers.workers))
     model_dir = Path(config.model_dir)
-    data = dataset.load(config.data_dir, config.num_classes)
+    data = dataset.load_for(config)
     storage.prepare_folder(model_dir)
     # Only now: it takes seconds, and what is wrong with flags, data or storage has been told by then.
     with cli.quiet_start():

@@ -1,0 +1,231 @@
+"""Prepared data that is damaged: what is refused, in which words, and what is left when damage is to be skipped."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, arguments
+
+from trainer import dataset, loading, records, streaming
+from trainer.collection import Collection, Images, Split
+from trainer.convert import convert
+from trainer.errors import RequestError
+from trainer.presets import from_preset
+from trainer.shards import Request
+
+NUM = 200
+SHARDS = 4
+PIXELS = np.random.default_rng(1).integers(0, 256, (NUM, 12, 12, 1), np.uint8)
+LABELS = np.arange(NUM) % 5
+SHARD = "train-00002-of-00004.tfrecord"
+MIDDLE = 100
+
+
+@pytest.fixture(params=["raw", "png"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A prepared data set of 200 training and 40 test examples."""
+    return write(tmp_path / "data", request.param)
+
+
+def write(folder: Path, encoding: str = "raw") -> Path:
+    folder.mkdir()
+    splits = {"train": Split(Images(PIXELS), LABELS), "test": Split(Images(PIXELS[:40]), LABELS[:40])}
+    collection = Collection(format="npz", splits=splits, class_names=("a", "b", "c", "d", "e"))
+    request = Request(num_shards=SHARDS, encoding=encoding, image_size=None, test_fraction=0, seed=0, on_error="fail")
+    convert(collection, folder, request, 1, lambda _: None)
+    return folder
+
+
+def load(folder: Path, **options: str) -> dataset.Dataset:
+    config = from_preset("default", {"data_dir": str(folder), **options})
+    return loading.loaded(config, dataset.load_for(config))
+
+
+def offsets_in(path: Path) -> list[int]:
+    """Where the records of a file begin, and where the last one ends."""
+    content, offsets = path.read_bytes(), [0]
+    while offsets[-1] < len(content):
+        length = int.from_bytes(content[offsets[-1] : offsets[-1] + 8], "little")
+        offsets.append(offsets[-1] + records.FRAME_BYTES + length)
+    return offsets
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << random.randrange(8)
+    path.write_bytes(content)
+
+
+def images_in(part: dataset.Part) -> set[bytes]:
+    assert isinstance(part, dataset.Examples)
+    return {image.tobytes() for image in part.images}
+
+
+def test_whole_data_is_read_whole(folder: Path) -> None:
+    found = load(folder)
+    assert images_in(found.train) == {image.tobytes() for image in PIXELS}
+    assert (found.skipped, found.class_names, found.num_classes) == (0, ("a", "b", "c", "d", "e"), 5)
+    assert str(folder) in found.description
+    assert "5 shards" in found.description
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_one_changed_byte_anywhere_is_found_and_named(attempt: int, folder: Path) -> None:
+    position = random.randrange((folder / SHARD).stat().st_size)
+    print(f"byte {position}")
+    flip(folder / SHARD, position)
+    offsets = offsets_in(write(folder.parent / "whole", records.describe(str(folder)).content["encoding"]) / SHARD)
+    begin = max(offset for offset in offsets if offset <= position)
+    with pytest.raises(RequestError) as caught:
+        load(folder)
+    assert f"{folder / SHARD}: a damaged record at byte {begin}" in str(caught.value)
+    assert "--on_error=skip" in str(caught.value)
+
+
+def test_damaged_records_alone_are_skipped_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    offsets = offsets_in(folder / SHARD)
+    # In the data of three, the checksum of another, and the last byte of the last.
+    for position in (offsets[5] + 20, offsets[6] + 30, offsets[20] + 13, offsets[33] - 1, offsets[-1] - 1):
+        flip(folder / SHARD, position)
+    found = load(folder, on_error="skip")
+    assert len(found.train) == NUM - 5
+    assert images_in(found.train) < {image.tobytes() for image in PIXELS}
+    assert found.skipped == 5
+    assert found.sha256 != load(write(folder.parent / "whole")).sha256
+
+
+def test_length_that_is_damaged_hides_no_more_than_its_segment(folder: Path) -> None:
+    flip(folder / SHARD, offsets_in(folder / SHARD)[7] + 1)
+    found = load(folder, on_error="skip")
+    assert NUM - 25 <= len(found.train) < NUM
+    assert found.skipped == NUM - len(found.train)
+
+
+def test_streamed_damage_is_named_by_the_job(folder: Path) -> None:
+    """The job is well under way when it comes to the damaged record."""
+    flip(folder / SHARD, offsets_in(folder / SHARD)[9] + 40)
+    options = {**TINY, "data_dir": folder, "model_dir": folder.parent / "run", "input_pipeline": "stream", "epochs": 5}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert f"{folder / SHARD}: a damaged record at byte {offsets_in(folder / SHARD)[9]}" in last
+    assert "Traceback" not in done.stderr
+    again = subprocess.run([*command, "--on_error=skip", "--noresume"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 2, "a run is there already"
+    options = {**options, "model_dir": folder.parent / "skipped", "on_error": "skip"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder.parent / "skipped" / "result.json").read_text())["skipped_examples"] == 1
+    assert "left out:" in done.stderr
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def rewrite(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps({**content, **values}))
+
+    return change
+
+
+REFUSED = {
+    "shard missing": (remove(SHARD), SHARD, "missing, and with it 50 examples"),
+    "shard cut": (cut(SHARD, 3000), SHARD, "3000 bytes where dataset.json says"),
+    "shard empty": (cut(SHARD, 0), SHARD, "0 bytes where"),
+    "index missing": (remove("train.segments.npy"), "train.segments.npy", "missing"),
+    "index cut": (cut("train.segments.npy", 100), "train.segments.npy", "damaged"),
+    "index changed": (lambda folder: flip(folder / "train.segments.npy", 150), "train.segments.npy", "damaged"),
+    "description cut": (cut("dataset.json", 200), "dataset.json", "damaged"),
+    "description empty": (cut("dataset.json", 0), "dataset.json", "damaged"),
+    "description without splits": (rewrite(splits={}), "data", "has no train split"),
+    "description of another version": (rewrite(format_version=7), "dataset.json", "version 7"),
+    "description is a list": (lambda folder: (folder / "dataset.json").write_text("[]"), "dataset.json", "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_missing_or_cut_is_refused_before_anything_is_read(kind: str, tmp_path: Path) -> None:
+    damage, name, words = REFUSED[kind]
+    folder = write(tmp_path / "data")
+    damage(folder)
+    with pytest.raises(RequestError) as caught:
+        dataset.load(str(folder))
+    assert name in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("damage", "least"), [(remove(SHARD), 150), (cut(SHARD, 3000), 150), (cut(SHARD, 0), 150)])
+def test_missing_and_cut_shards_are_skipped_if_asked_for(damage: Callable, least: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    damage(folder)
+    found = load(folder, on_error="skip")
+    assert least <= len(found.train) < NUM
+    assert found.skipped == NUM - len(found.train)
+
+
+def test_nothing_left_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    for path in folder.glob("train-*"):
+        path.write_bytes(b"")
+    with pytest.raises(RequestError, match="not one record"):
+        load(folder, on_error="skip")
+
+
+def test_skipping_is_for_prepared_data_alone(tiny_data: Path) -> None:
+    with pytest.raises(RequestError, match=r"is no data set of trainer.prepare"):
+        dataset.load(str(tiny_data), on_error="skip")
+
+
+def test_bucket_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(RequestError, match=r"s3://nowhere/x/dataset.json: cannot be read"):
+        dataset.load("s3://nowhere/x")
+
+
+def test_validation_split_is_stratified_and_apart(tmp_path: Path) -> None:
+    train = dataset.load(str(write(tmp_path / "data"))).train
+    rest, validation = dataset.split_validation(train, 0.2)
+    assert validation is not None
+    parts = [list(streaming.batches(part)) for part in (rest, validation)]
+    images = [{image.tobytes() for images, _ in part for image in images} for part in parts]
+    assert not images[0] & images[1]
+    assert images[0] | images[1] == {image.tobytes() for image in PIXELS}
+    assert 40 <= len(validation) <= 72
+    counts = np.bincount(np.concatenate([labels for _, labels in parts[1]]), minlength=5)
+    assert np.ptp(counts) <= 4
+
+
+def test_size_decides_where_examples_are_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "data")
+    assert isinstance(load(folder).train, dataset.Examples)
+    assert isinstance(load(folder, input_pipeline="stream").train, records.Records)
+    monkeypatch.setattr(loading, "MEMORY_BYTES", 40 * 144)
+    found = load(folder)
+    assert isinstance(found.train, records.Records)
+    assert isinstance(found.test, dataset.Examples)
+    assert isinstance(load(folder, input_pipeline="memory").train, dataset.Examples)
+
+
+def test_images_are_scaled_as_they_are_read(folder: Path) -> None:
+    found = dataset.load(str(folder), image_size=(24, 18))
+    images, _ = next(streaming.batches(found.train))
+    assert images.shape[1:] == found.image_shape == (24, 18, 1)
+    same = dataclasses.replace(found.train, image_shape=(12, 12, 1))
+    small, _ = next(streaming.batches(same))
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), small.mean(axis=(1, 2, 3)), atol=4)

@@ -1,0 +1,123 @@
+"""A data set that is listed, and not yet read: the labels at once, the images when they are asked for."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from trainer import pictures
+from trainer.errors import RequestError
+
+
+class Source(Protocol):
+    """N images, read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Iterable[int]) -> Iterator[np.ndarray | RequestError]:
+        """Some images, each uint8 [H, W, C], or what is wrong with it."""
+
+    def take(self, indices: np.ndarray) -> "Source":
+        """Some of the images, as a source of their own."""
+
+    def identity(self) -> str:
+        """Tells the same images again."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """N images in memory: uint8 [N, H, W, C]."""
+
+    pixels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, indices: Iterable[int]) -> Iterator[np.ndarray | RequestError]:
+        """Some images, each uint8 [H, W, C]."""
+        return (self.pixels[index] for index in indices)
+
+    def take(self, indices: np.ndarray) -> "Images":
+        """Some of the images."""
+        return Images(self.pixels[indices])
+
+    def identity(self) -> str:
+        """Tells the same images again."""
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files:
+    """N picture files, read when they are asked for."""
+
+    paths: Sequence[Path]
+    channels: int
+    strict: bool
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Iterable[int]) -> Iterator[np.ndarray | RequestError]:
+        """Some images, each uint8 [H, W, C] with the file's H and W, or what is wrong with it."""
+        for index in indices:
+            yield self._load(self.paths[index])
+
+    def _load(self, path: Path) -> np.ndarray | RequestError:
+        try:
+            pixels = np.asarray(pictures.load(path, self.channels))
+        except RequestError as error:
+            return error
+        if self.channels == 1 and self.strict and not pictures.is_gray(path):
+            return RequestError(f"{path}: in colour, where those looked at first are gray: give --channels=3 or --channels=1")
+        return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
+
+    def take(self, indices: np.ndarray) -> "Files":
+        """Some of the files."""
+        return dataclasses.replace(self, paths=[self.paths[index] for index in indices])
+
+    def identity(self) -> str:
+        """Tells the same files again, by path, size and time of change."""
+        digest = hashlib.sha256(str(self.channels).encode())
+        for path in self.paths:
+            found = path.stat() if path.exists() else None
+            digest.update(f"{path}\0{found.st_size if found else 0}\0{found.st_mtime_ns if found else 0}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split and their labels, int64 [N]."""
+
+    images: Source
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """Some of the examples."""
+        return Split(self.images.take(indices), self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Collection:
+    """A data set in one of the formats here.
+
+    Attributes:
+        format: "idx", "npz", "images" or "csv".
+        splits: "train" and, if there is one, "test".
+        class_names: by label.
+    """
+
+    format: str
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+
+    @property
+    def pictures(self) -> str:
+        """What the images show, as in `dataset.Dataset`: MNIST's family comes as IDX files, or arrays of keras.datasets."""
+        images = self.splits["train"].images
+        return "digits" if isinstance(images, Images) and images.pixels.shape[3] == 1 else "photos"

@@ -1,0 +1,274 @@
+"""Writes a `collection.Collection` as shards of TFRecords: in parallel, and the same bytes whatever the number of processes.
+
+    .prepare/request.json                      what is being converted; its presence means that it is not finished
+    .prepare/train-00007-of-00064.json         what a finished shard holds: it is not written again
+    train-00007-of-00064.tfrecord, ...         as in `records.py`
+
+A conversion that was stopped goes on when it is asked for again.
+"""
+
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import cli, records, storage
+from trainer.collection import Collection
+from trainer.errors import RequestError, Stopped
+from trainer.shards import Request, Shard, write_records
+
+_NOTES = ".prepare"
+_SHAPE_OF_FIRST = 1000
+_PR_SET_PDEATHSIG = 1
+
+
+def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random order in which every stretch has about each class's share of the whole.
+
+    The examples of a class, in random order, are spread evenly from 0 to 1, each moved at random within its part.
+
+    Args:
+        labels: int64 [N].
+        seed: of the order.
+
+    Returns:
+        int64 [N]: the examples in order.
+    """
+    random = np.random.Generator(np.random.Philox(key=seed))
+    shuffled = random.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels[by_class])
+    of_each = np.repeat(counts, counts)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_class[np.argsort((rank + random.random(len(labels))) / of_each, kind="stable")]
+
+
+def with_test_split(collection: Collection, request: Request) -> Collection:
+    """The collection with a test split: its own, or a share of the training set, stratified by class.
+
+    Raises:
+        RequestError: it has none and no share is asked for, or has one and a share is.
+    """
+    if "test" in collection.splits:
+        if request.test_fraction:
+            raise RequestError("--test_fraction: there is a test set already; leave the flag out")
+        return collection
+    if not request.test_fraction:
+        raise RequestError("there is no test set: split one off with --test_fraction=0.1")
+    whole = collection.splits["train"]
+    order = stratified_order(whole.labels, request.seed)
+    first = len(order) - max(1, round(request.test_fraction * len(order)))
+    splits = {"train": whole.take(np.sort(order[:first])), "test": whole.take(np.sort(order[first:]))}
+    return dataclasses.replace(collection, splits=splits)
+
+
+def convert(
+    collection: Collection, output: Path, request: Request, num_processes: int, done: Callable[[int], None]
+) -> dict[str, Any]:
+    """Writes the data set, or what is not written of it yet.
+
+    Args:
+        collection: the source, with both splits.
+        output: the folder.
+        request: how to write it.
+        num_processes: how many write at a time.
+        done: is told the number of examples of each shard that is finished.
+
+    Returns:
+        The content of dataset.json.
+
+    Raises:
+        RequestError: the folder holds something else, or a source file is damaged and `on_error` is "fail".
+        Stopped: the disk is full; what is finished stays.
+    """
+    fingerprint = _fingerprint(collection, request)
+    if records.is_prepared(str(output)):
+        found = records.describe(str(output)).content
+        if found["fingerprint"] != fingerprint:
+            raise RequestError(f"--output={output}: holds another data set already: give another folder, or remove it")
+        return found
+    shape = _first_shape(collection, request)
+    _begin(output, fingerprint)
+    shards = _shards(collection, request)
+    state = (collection, output, request, shape)
+    with storage.stop_when_full("the data set", _goes_on), _writers(num_processes, state) as write:
+        notes = {}
+        for shard, note in write(shards):
+            notes[shard.name] = note
+            done(len(shard.indices))
+        content = _description(collection, shape, shards, notes, output)
+        content |= {"encoding": request.encoding, "fingerprint": fingerprint}
+        storage.write_json(output / records.DESCRIPTION, content)
+    shutil.rmtree(output / _NOTES)
+    return content
+
+
+def _fingerprint(collection: Collection, request: Request) -> str:
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(request)).encode())
+    digest.update("\0".join(collection.class_names).encode())
+    for name, split in sorted(collection.splits.items()):
+        digest.update(f"{name} {split.images.identity()}".encode())
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _first_shape(collection: Collection, request: Request) -> tuple[int, int, int]:
+    """The shape of the first image that can be read; others are held against it."""
+    images = collection.splits["train"].images
+    for image in images.read(range(min(len(images), _SHAPE_OF_FIRST))):
+        if isinstance(image, np.ndarray):
+            return (*(request.image_size or image.shape[:2]), image.shape[2])
+        if request.on_error == "fail":
+            raise image
+    raise RequestError(f"not one of the first {_SHAPE_OF_FIRST} pictures can be read")
+
+
+def _begin(output: Path, fingerprint: str) -> None:
+    notes = output / _NOTES
+    before = storage.read_json(notes / "request.json")
+    if before is None:
+        rest = [path.name for path in output.iterdir() if path.name not in (_NOTES, storage.LOCK)]
+        if rest:
+            raise RequestError(f"--output={output}: holds something else ({sorted(rest)[0]}): give an empty or a new folder")
+        notes.mkdir(exist_ok=True)
+        storage.write_json(notes / "request.json", {"fingerprint": fingerprint})
+    elif before.get("fingerprint") != fingerprint:
+        raise RequestError(
+            f"--output={output}: holds a conversion of something else, or with other flags, that was stopped: give the same ones "
+            "to go on, or another folder"
+        )
+
+
+def _shards(collection: Collection, request: Request) -> list[Shard]:
+    shards = []
+    size = len(collection.splits["train"])
+    for split, examples in collection.splits.items():
+        number = min(len(examples), max(1, round(request.num_shards * len(examples) / size)))
+        parts = np.array_split(stratified_order(examples.labels, request.seed), number)
+        shards += [
+            Shard(split=split, name=f"{split}-{index:05d}-of-{number:05d}", indices=part) for index, part in enumerate(parts)
+        ]
+    return shards
+
+
+_State = tuple[Collection, Path, Request, tuple[int, int, int]]
+# Of this process, when it writes shards.
+_state: _State | None = None
+
+
+@contextlib.contextmanager
+def _writers(num_processes: int, state: _State) -> Iterator[Callable[[list[Shard]], Iterator[tuple[Shard, dict[str, Any]]]]]:
+    """A function that writes shards and gives each with what it holds, as they get finished."""
+    if num_processes == 1:
+        _start(state, ours=True)
+        yield lambda shards: ((shard, _write(shard)) for shard in shards)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(num_processes, context, _start, (state,))
+
+    def write(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+        futures = {pool.submit(_write, shard): shard for shard in shards}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
+
+    try:
+        yield write
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise Stopped("a process that wrote shards was killed, perhaps for want of memory: run the same command again") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(state: _State, *, ours: bool = False) -> None:
+    global _state
+    _state = state
+    if not ours:
+        # Ctrl-C is the first process's to answer, and none outlives it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write(shard: Shard) -> dict[str, Any]:
+    """Writes one shard, unless it is there, and returns its note."""
+    assert _state is not None
+    collection, output, request, shape = _state
+    path, note_path = output / f"{shard.name}.tfrecord", output / _NOTES / f"{shard.name}.json"
+    note = storage.read_json(note_path)
+    if note and path.is_file() and path.stat().st_size == note["bytes"]:
+        return note
+    # Here, as those who look at a data set need not wait for it.
+    with cli.quiet_start():
+        import tensorflow as tf
+
+    note = {}
+    with storage.stop_when_full(path.name, _goes_on, tf.errors.OpError):
+        storage.write_file(path, lambda partial: note.update(write_records(partial, shard, collection, request, shape)))
+        storage.write_json(note_path, note)
+    return note
+
+
+def _goes_on() -> str:
+    return "what is finished stays; the same command goes on"
+
+
+def _description(
+    collection: Collection, shape: tuple[int, int, int], shards: list[Shard], notes: dict[str, Any], output: Path
+) -> dict[str, Any]:
+    splits: dict[str, Any] = {}
+    for split in collection.splits:
+        own = [shard.name for shard in shards if shard.split == split]
+        counts = np.sum([notes[name]["counts"] for name in own], axis=0)
+        if not counts.sum():
+            raise RequestError(f"not one picture of the {split} set can be read")
+        splits[split] = {
+            "num_examples": int(counts.sum()),
+            "class_counts": counts.tolist(),
+            "shards": [
+                {"file": f"{name}.tfrecord", **{key: notes[name][key] for key in ("num_examples", "bytes", "sha256")}}
+                for name in own
+            ],
+            "index": _write_index(output / f"{split}.segments.npy", [notes[name]["segments"] for name in own]),
+        }
+    train = [notes[shard.name] for shard in shards if shard.split == "train"]
+    num_pixels = sum(note["num_pixels"] for note in train)
+    mean = np.sum([note["sums"] for note in train], axis=0) / num_pixels
+    variance = np.sum([note["squares"] for note in train], axis=0) / num_pixels - mean**2
+    same_shape = all(note["same_shape"] for note in notes.values())
+    hashes = "".join(shard["sha256"] for split in splits.values() for shard in split["shards"])
+    return {
+        "format_version": records.FORMAT_VERSION,
+        "source": collection.format,
+        "pictures": collection.pictures,
+        "image_shape": list(shape) if same_shape else None,
+        "channels": shape[2],
+        "dtype": "uint8",
+        "class_names": list(collection.class_names),
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.maximum(variance, 0)).tolist(),
+        "splits": splits,
+        "left_out": [error for note in notes.values() for error in note["errors"]],
+        "sha256": hashlib.sha256((hashes + "\0".join(collection.class_names)).encode()).hexdigest(),
+    }
+
+
+def _write_index(path: Path, segments: list[list[list[int]]]) -> dict[str, str]:
+    rows = [(shard, offset, count) for shard, own in enumerate(segments) for offset, count in own]
+    content = io.BytesIO()
+    np.save(content, np.array(rows, np.int64).reshape(-1, 3))
+    storage.write_file(path, lambda partial: _write_bytes(partial, content.getvalue()))
+    return {"file": path.name, "sha256": hashlib.sha256(content.getvalue()).hexdigest()}
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -1,0 +1,106 @@
+"""Models that users bring: `--model package.module:function`, checked before anything is spent on them."""
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable
+
+import keras
+
+from trainer.config import Config
+from trainer.errors import RequestError
+
+_Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
+
+
+def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, dtype: str, *, synchronized: bool) -> keras.Model:
+    """A model that the function named by `--model` makes.
+
+    Args:
+        config: names the function, and is handed to it.
+        input_shape: (H, W, C).
+        num_classes: number of logits.
+        dtype: Keras's dtype policy while the function runs.
+        synchronized: whether its batch normalisation takes its statistics over several replicas.
+
+    Returns:
+        A model of images [b, H, W, C] in [0, 255] that gives logits [b, num_classes], in float32 or more.
+
+    Raises:
+        RequestError: there is no such function, it fails, or what it makes cannot be trained.
+    """
+    function = _find(config.model)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model, again = (_call(function, config, input_shape, num_classes) for _ in range(2))
+    finally:
+        keras.config.set_dtype_policy(before)
+    _check(config.model, model, input_shape, num_classes)
+    if {id(variable) for variable in model.variables} & {id(variable) for variable in again.variables}:
+        raise RequestError(
+            f"--model={config.model}: gives the same variables each time it is called: make all layers inside of the function"
+        )
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = synchronized
+    # Logits in full precision: softmax and loss of 16-bit logits lose accuracy.
+    logits = model.outputs[0]
+    if keras.backend.standardize_dtype(logits.dtype) not in ("float32", "float64"):
+        logits = keras.layers.Activation("linear", dtype="float32", name="logits_in_float32")(logits)
+    return keras.Model(model.inputs, logits, name=model.name)
+
+
+def _find(name: str) -> _Function:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise RequestError(
+                f"--model={name}: there is no module {error.name}: run from the folder that holds it, or add that to PYTHONPATH"
+            ) from error
+        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+    except Exception as error:  # Whatever a user's code may raise.
+        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise RequestError(f"--model={name}: {module.__file__} has no function {function_name}")
+    return function
+
+
+def _call(function: _Function, config: Config, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
+    try:
+        model = function(input_shape, num_classes, config)
+    except RequestError:
+        raise
+    except Exception as error:  # Whatever a user's code may raise.
+        raise RequestError(f"--model={config.model}: {_what_happened(error)}") from error
+    if not isinstance(model, keras.Model):
+        raise RequestError(f"--model={config.model}: gives {type(model).__name__}; expected a keras.Model")
+    return model
+
+
+def _what_happened(error: Exception) -> str:
+    """The error in one line, with the last place in the user's code."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    place = f"{own[-1].filename}, line {own[-1].lineno}: " if own and own[-1].filename != __file__ else ""
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{place}{type(error).__name__}: {re.sub(r'[^ -~]+', ' ', first_line)[:300]}"
+
+
+def _check(name: str, model: keras.Model, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    inputs, outputs = model.inputs or [], model.outputs or []
+    if len(inputs) != 1 or tuple(inputs[0].shape) != (None, *input_shape):
+        found = ", ".join(str(tuple(one.shape)) for one in inputs) or "none that are known before it is called"
+        raise RequestError(
+            f"--model={name}: its inputs are {found}; expected one, {(None, *input_shape)}, as keras.Input makes it"
+        )
+    if len(outputs) != 1 or tuple(outputs[0].shape) != (None, num_classes):
+        found = ", ".join(str(tuple(one.shape)) for one in outputs)
+        raise RequestError(f"--model={name}: gives {found}; expected one output, logits {(None, num_classes)}")
+    last = model.layers[-1]
+    if isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax:
+        raise RequestError(f"--model={name}: gives probabilities; expected logits: leave the softmax out, the export adds it")
+    if not model.trainable_variables:
+        raise RequestError(f"--model={name}: has nothing to train")

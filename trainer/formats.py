@@ -1,0 +1,220 @@
+"""Data sets as others make them: IDX files, an npz archive, folders of pictures by class, or a CSV of paths and labels.
+
+Each is told by what is there, checked, and listed as a `Collection`.
+"""
+
+import csv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from trainer import idx, pictures
+from trainer.collection import Collection, Files, Images, Split
+from trainer.errors import RequestError
+
+IDX_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+             "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_LOOKED_AT = 64
+
+
+def recognise(folder: Path) -> str:
+    """The format of what is there: "idx", "npz", "images" or "csv".
+
+    Raises:
+        RequestError: it is none of them.
+    """
+    if folder.is_file() and folder.suffix in (".npz", ".csv"):
+        return folder.suffix[1:]
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: there is no such file or folder")
+    if any((folder / f"{name}{suffix}").exists() for names in IDX_FILES.values() for name in names for suffix in ("", ".gz")):
+        return "idx"
+    for suffix in ("npz", "csv"):
+        if any(folder.glob(f"*.{suffix}")):
+            return suffix
+    if any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()):
+        return "images"
+    raise RequestError(
+        f"{folder}: no data set that is known here: expected what trainer.prepare writes (dataset.json), the four IDX files, "
+        "an .npz file, a folder for each class, or a .csv file"
+    )
+
+
+def collect(source: str, path: Path, channels: int = 0) -> Collection:
+    """Lists a data set.
+
+    Args:
+        source: its format, or "auto".
+        path: the file or the folder.
+        channels: 1 or 3 for pictures of files; 0 for what a look at some of them says.
+
+    Raises:
+        RequestError: something is missing, damaged or does not fit together.
+    """
+    source = recognise(path) if source == "auto" else source
+    if not path.exists():
+        raise RequestError(f"{path}: there is no such file or folder")
+    readers: dict[str, Callable[[], Collection]] = {
+        "idx": lambda: _from_idx(path),
+        "npz": lambda: _from_npz(path),
+        "images": lambda: _from_folders(path, channels),
+        "csv": lambda: _from_csv(path, channels),
+    }
+    return readers[source]()
+
+
+def idx_split(folder: Path, split: str, sha256: dict[str, str] | None = None) -> Split:
+    """One split of a data set in IDX files, like MNIST's.
+
+    Args:
+        folder: where the files are.
+        split: "train" or "test".
+        sha256: what unpacked files must hash to, by name.
+
+    Raises:
+        RequestError: a file is missing or damaged, or images and labels do not belong together.
+    """
+    image_name, label_name = IDX_FILES[split]
+    image_path, label_path = idx.find(folder, image_name), idx.find(folder, label_name)
+    images = idx.read(image_path, 3, (sha256 or {}).get(image_name, ""))
+    labels = idx.read(label_path, 1, (sha256 or {}).get(label_name, ""))
+    if len(images) != len(labels):
+        raise RequestError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
+    return Split(Images(images[..., np.newaxis]), labels.astype(np.int64))
+
+
+def _from_idx(folder: Path) -> Collection:
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: not a folder; give the one with the four IDX files")
+    splits = {split: idx_split(folder, split) for split in IDX_FILES}
+    return Collection(format="idx", splits=splits, class_names=numbered(splits))
+
+
+def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
+    """Names for classes that have none: "0" to the largest label."""
+    return tuple(str(label) for label in range(int(max(split.labels.max() for split in splits.values())) + 1))
+
+
+def _from_npz(path: Path) -> Collection:
+    path = (_one_of(path, "npz") or path) if path.is_dir() else path
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RequestError(f"{path}: no readable .npz file: {str(error).splitlines()[0][:150]}") from error
+    splits = {}
+    for split in ("train", "test"):
+        if f"x_{split}" in arrays:
+            if f"y_{split}" not in arrays:
+                raise RequestError(f"{path}: x_{split} is there, y_{split} is not")
+            splits[split] = _npz_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+    if "train" not in splits:
+        raise RequestError(
+            f"{path}: no x_train in it, but {', '.join(sorted(arrays)) or 'nothing'}; expected x_train, y_train, x_test and "
+            "y_test, as keras.datasets has them"
+        )
+    return Collection(format="npz", splits=splits, class_names=numbered(splits))
+
+
+def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    if images.dtype != np.uint8:
+        raise RequestError(f"{path}: x_{split} is {images.dtype}; images are expected as uint8, 0 to 255")
+    images = images[..., np.newaxis] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise RequestError(f"{path}: x_{split} has the shape {images.shape}; expected [N, H, W] or [N, H, W, 1 or 3]")
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
+    if len(labels) != len(images) or not len(labels):
+        raise RequestError(f"{path}: {len(labels)} labels in y_{split} for the {len(images)} images of x_{split}")
+    return Split(Images(images), labels[:, 0].astype(np.int64))
+
+
+def _from_folders(folder: Path, channels: int) -> Collection:
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: not a folder; give the one that holds a folder for each class")
+    train, test = folder / "train", next((folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()), None)
+    roots = {"train": train} if train.is_dir() else {"train": folder}
+    if train.is_dir() and test:
+        roots["test"] = test
+    class_names = sorted(path.name for path in roots["train"].iterdir() if path.is_dir() and not path.name.startswith("."))
+    listed = {split: _list_classes(root, class_names) for split, root in roots.items()}
+    return _of_files("images", listed, class_names, channels)
+
+
+def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
+    known = set(class_names)
+    others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in known and path.name[0] != ".")
+    if others:
+        raise RequestError(f"{root / others[0]}: a class that has no folder in the training set")
+    found = []
+    for name in class_names:
+        paths = sorted(path for path in (root / name).glob("**/*") if path.suffix.lower() in pictures.SUFFIXES and path.is_file())
+        if not paths and root.joinpath(name).is_dir():
+            raise RequestError(f"{root / name}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
+        found += [(path, name) for path in paths]
+    return found
+
+
+def _from_csv(path: Path, channels: int) -> Collection:
+    if path.is_dir():
+        files = {split: path / f"{split}.csv" for split in ("train", "test") if (path / f"{split}.csv").is_file()}
+        files = files or {"train": _one_of(path, "csv") or path}
+    else:
+        files = {"train": path}
+    listed: dict[str, list[tuple[Path, str]]] = {}
+    for file_split, file in files.items():
+        for split, row in _rows(file, file_split):
+            listed.setdefault(split, []).append(row)
+    if not listed.get("train"):
+        raise RequestError(f"{path}: no rows of the training set in it")
+    names = {name for _, name in listed["train"]}
+    # Numbers as numbers: 10 comes after 9.
+    class_names = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    for file, name in listed.get("test", []):
+        if name not in names:
+            raise RequestError(f"{file}: its label {name!r} does not occur in the training set")
+    return _of_files("csv", listed, class_names, channels)
+
+
+def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
+    rows = []
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            if not {"path", "label"} <= set(reader.fieldnames or ()):
+                raise RequestError(f"{file}: its first line must name the columns path and label (and split, if there are both)")
+            for row in reader:
+                split = (row.get("split") or file_split).strip()
+                if split not in ("train", "test") or not row["path"] or not row["label"]:
+                    raise RequestError(f"{file}, line {reader.line_num}: expected a path, a label, and as split train or test")
+                rows.append((split, (file.parent / row["path"], row["label"].strip())))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"{file}: cannot be read: {error}") from error
+    return rows
+
+
+def _of_files(source: str, listed: dict[str, list[tuple[Path, str]]], class_names: list[str], channels: int) -> Collection:
+    train = [path for path, _ in listed["train"]]
+    if not train:
+        raise RequestError("no pictures found in the training set")
+    looked_at = train[:: max(1, len(train) // _LOOKED_AT)]
+    strict, channels = not channels, channels or pictures.channels_of(looked_at)
+    labels = {name: label for label, name in enumerate(class_names)}
+    splits = {
+        split: Split(
+            Files([path for path, _ in found], channels, strict), np.array([labels[name] for _, name in found], np.int64)
+        )
+        for split, found in listed.items()
+    }
+    return Collection(format=source, splits=splits, class_names=tuple(class_names))
+
+
+def _one_of(folder: Path, suffix: str) -> Path | None:
+    found = sorted(folder.glob(f"*.{suffix}"))
+    if len(found) > 1:
+        raise RequestError(f"{folder}: {len(found)} .{suffix} files: give the path of one")
+    return found[0] if found else None

@@ -1,0 +1,81 @@
+"""What an option is: its help, default and bounds, declared in one place and checked in one place."""
+
+import dataclasses
+import math
+from typing import Any
+
+from trainer.errors import RequestError
+
+_MAX_SIDE = 4096
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    result: bool = True,
+    shared: bool = True,
+) -> Any:
+    """Declares one option.
+
+    Args:
+        default: the value in the preset `default`.
+        help: one or two sentences with the unit.
+        choices: the only values allowed.
+        at_least: smallest number allowed.
+        at_most: largest number allowed.
+        below: first number that is too large.
+        above: last number that is too small.
+        result: whether the trained weights depend on it; if so, a run cannot go on with another value.
+        shared: whether all workers of a job must have the same value.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "below": below,
+        "above": above,
+        "result": result,
+        "shared": shared,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_field(field: dataclasses.Field, value: Any) -> None:
+    """Checks the value of a field that `option` declares.
+
+    Raises:
+        RequestError: it is not one of the choices, or out of bounds.
+    """
+    limits = field.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise RequestError(f"--{field.name}={value}: expected one of {', '.join(limits['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"--{field.name}={value}: expected a finite number")
+    tests = {
+        "at least": limits["at_least"] is None or value >= limits["at_least"],
+        "at most": limits["at_most"] is None or value <= limits["at_most"],
+        "below": limits["below"] is None or value < limits["below"],
+        "above": limits["above"] is None or value > limits["above"],
+    }
+    for words, holds in tests.items():
+        if not holds:
+            raise RequestError(f"--{field.name}={value}: expected a number {words} {limits[words.replace(' ', '_')]}")
+
+
+def parse_size(flag: str, text: str) -> tuple[int, int] | None:
+    """Height and width from HEIGHTxWIDTH or one number for both; None from an empty text.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    parts = text.split("x")
+    if text and (len(parts) > 2 or not all(part.isdecimal() and 1 <= int(part) <= _MAX_SIDE for part in parts)):
+        raise RequestError(f"--{flag}={text}: expected HEIGHTxWIDTH or one number, up to {_MAX_SIDE}, e.g. 32x32")
+    return (int(parts[0]), int(parts[-1])) if text else None

@@ -1,0 +1,90 @@
+"""Picture files: opened, checked before they are unpacked, and turned into pixels."""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trainer.errors import RequestError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+_MAX_BYTES = 32 * 2**20
+_MAX_PIXELS = 64_000_000
+
+
+def load(path: Path, channels: int) -> Image.Image:
+    """Opens a picture and checks it before it is unpacked.
+
+    Args:
+        path: the file.
+        channels: 1 for 8-bit gray, 3 for RGB.
+
+    Returns:
+        The picture upright, on white where it was transparent.
+
+    Raises:
+        RequestError: it cannot be read, is no image, or is too large.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise RequestError(f"{path}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _convert(image, path, "L" if channels == 1 else "RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{path}: too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise RequestError(f"{path}: no image: expected PNG or JPEG") from error
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, SyntaxError) as error:  # What Pillow raises for some damaged files.
+        raise RequestError(f"{path}: damaged image: {error}") from error
+
+
+def _convert(image: Image.Image, path: Path, mode: str) -> Image.Image:
+    if image.width * image.height > _MAX_PIXELS:
+        raise RequestError(f"{path}: {image.width}x{image.height} pixels are too large: at most {_MAX_PIXELS // 10**6} million")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        # 16-bit gray: Pillow's own conversion clips instead of scaling.
+        values = np.asarray(image, np.float32)
+        gray = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        return gray.convert(mode)
+    if image.mode == mode and "transparency" not in image.info:
+        # Pillow reads lazily: here, so that damage shows while the file is known.
+        return ImageOps.exif_transpose(image).convert(mode)
+    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert(mode)
+
+
+def is_gray(path: Path) -> bool:
+    """Whether a file says that it holds no colour; one that cannot be read says nothing against it."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+    except (OSError, ValueError, SyntaxError):
+        return True
+
+
+def channels_of(paths: Iterable[Path]) -> int:
+    """1 where every one of the files is gray, else 3."""
+    return 1 if all(is_gray(path) for path in paths) else 3
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scales an image, each axis by itself, with antialiasing.
+
+    Args:
+        pixels: uint8 [H, W, C].
+        size: height and width wanted.
+
+    Returns:
+        uint8 [height, width, C].
+    """
+    if pixels.shape[:2] == size:
+        return pixels
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, pixels.shape[2])
