@@ -85,6 +85,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, mnist: dataset.Dataset) 
     return write_dataset(tmp_path_factory.mktemp("data"), sets[0], sets[1], zipped=False)
 
 
+@pytest.fixture(scope="session")
+def tiny_records(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The tiny data as trainer.prepare writes it, in seven shards."""
+    output = tmp_path_factory.mktemp("records")
+    options = {"input": tiny_data, "output": output, "num_shards": 7, "num_processes": 1}
+    subprocess.run([sys.executable, "-m", "trainer.prepare", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
+    return output
+
+
 def arguments(options: dict[str, Any]) -> list[str]:
     """Command-line flags; True and False make --name and --noname."""
     return [

@@ -1,5 +1,7 @@
 """Dropout that does not depend on the topology; batch normalisation is in `blocks.py`."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -13,19 +15,22 @@ class PositionDropout(keras.layers.Layer):
     topology. This layer has no state. It is part of training models only.
     """
 
-    def __init__(self, rate: float, seed: int, dtype: str) -> None:
+    def __init__(self, rate: float, seed: int, dtype: str, stream: int = 2) -> None:
+        """Makes the layer for a rate and the job's seed; each layer of a network has a `stream` of random numbers of its own."""
         super().__init__(dtype=dtype)
-        self.rate, self.seed = rate, seed
+        self.rate, self.seed, self.stream = rate, seed, stream
 
     def call(self, inputs: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         """Drops outputs.
 
         Args:
-            inputs: [b, units].
+            inputs: [b, ...].
             positions: int64 [b].
 
         Returns:
-            [b, units], the remaining values scaled by 1 / (1 - rate).
+            [b, ...], the remaining values scaled by 1 / (1 - rate).
         """
-        keep = uniform(positions, inputs.shape[-1], self.seed, stream=2) >= self.rate
+        shape = inputs.shape[1:]
+        keep = uniform(positions, math.prod(shape), self.seed, self.stream) >= self.rate
+        keep = tf.reshape(keep, [-1, *shape])
         return tf.where(keep, inputs / (1 - self.rate), tf.zeros_like(inputs))

@@ -34,7 +34,7 @@ def training_model(config: Config, input_shape: tuple[int, int, int], num_classe
         RequestError: the images are too small for the network, or it is a user's own and cannot be trained.
     """
     if config.is_custom_model:
-        return custom.build(config, input_shape, num_classes, config.precision, synchronized=synchronized)
+        return custom.build(config, input_shape, num_classes, config.precision, synchronized=synchronized, training=True)
     dropout = PositionDropout(config.dropout_rate, config.seed, config.precision) if config.dropout_rate else None
     return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, training=True)
 
@@ -46,7 +46,7 @@ def inference_model(config: Config, input_shape: tuple[int, int, int], num_class
     """
     dtype = "float64" if config.precision == "float64" else "float32"
     if config.is_custom_model:
-        return custom.build(config, input_shape, num_classes, dtype, synchronized=False)
+        return custom.build(config, input_shape, num_classes, dtype, synchronized=False, training=False)
     return _build(config, input_shape, num_classes, dtype, None, False, training=False)
 
 

@@ -13,10 +13,20 @@ pytestmark = pytest.mark.e2e
 KILLS = 5
 
 
-@pytest.mark.parametrize("topology", [{"strategy": "one_device"}, {"strategy": "mirrored", "num_devices": 2}], ids=str)
-def test_job_killed_five_times_and_stopped_once_ends_in_the_same_weights(topology: dict, start_job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "topology",
+    [
+        {"strategy": "one_device", "input_pipeline": "stream"},
+        {"strategy": "mirrored", "num_devices": 2},
+    ],
+    ids=str,
+)
+def test_job_killed_five_times_and_stopped_once_ends_in_the_same_weights(
+    topology: dict, start_job, tmp_path: Path, tiny_data: Path, tiny_records: Path
+) -> None:
     options = {
-        **topology, "deterministic": True, "epochs": 25, "augment": "affine", "dropout_rate": 0.4, "early_stopping_patience": 20,
+        **topology, "data_dir": tiny_records if "input_pipeline" in topology else tiny_data,
+        "deterministic": True, "epochs": 25, "augment": "affine", "dropout_rate": 0.4, "early_stopping_patience": 20,
         "ema_decay": 0.99, "checkpoint_every_steps": 7, "steps_per_loop": 5, "lr_schedule": "cosine",
     }  # fmt: skip
     whole = start_job(**options, model_dir=tmp_path / "whole").finish()

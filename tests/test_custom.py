@@ -1,0 +1,154 @@
+"""Models of the user's own: trained like ours, and refused in one line when they cannot be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, TINY, arguments
+
+from examples import resnet
+from trainer import custom
+from trainer.config import Config
+from trainer.errors import RequestError
+from trainer.models import inference_model, training_model, weights_of
+from trainer.presets import from_preset
+
+SHAPE = (14, 14, 3)
+START = """
+import keras
+def build(input_shape, num_classes, config):
+    images = keras.Input(input_shape)
+    x = keras.layers.Flatten()(images)
+"""
+END = "    return keras.Model(images, keras.layers.Dense(num_classes)(x))\n"
+WRONG = {
+    "no such module": (None, "none_such:build", "there is no module none_such"),
+    "no such package": (None, "none.such:build", "there is no module none"),
+    "no such function": (START + END, "mine:make", "has no function make"),
+    "not a function": ("build = 3\n", "mine:build", "has no function build"),
+    "syntax error": ("def build(:\n", "mine:build", "SyntaxError"),
+    "module that needs another": ("import no_such_library\n", "mine:build", "mine.py, line 1: ModuleNotFoundError"),
+    "fails at import": ("1 / 0\n", "mine:build", "mine.py, line 1: ZeroDivisionError"),
+    "fails": (START + "    1 / 0\n", "mine:build", "mine.py, line 6: ZeroDivisionError"),
+    "takes other arguments": ("def build(shape):\n    pass\n", "mine:build", "TypeError"),
+    "gives nothing": (START, "mine:build", "gives NoneType; expected a keras.Model"),
+    "wrong number of logits": (START + END.replace("num_classes", "3"), "mine:build", "expected one output, logits (None, 10)"),
+    "images as output": (START + "    return keras.Model(images, images)\n", "mine:build", "gives (None, 14, 14, 3)"),
+    "two outputs": (START + "    return keras.Model(images, [x, x])\n", "mine:build", "gives (None, 588), (None, 588)"),
+    "other input": (START.replace("Input(input_shape)", "Input((28, 28, 1))") + END, "mine:build", "are (None, 28, 28, 1)"),
+    "two inputs": (
+        START + "    y = keras.Input((3,))\n    x = keras.layers.Concatenate()([x, y])\n"
+        + END.replace("Model(images", "Model([images, y]"), "mine:build", "inputs are (None, 14, 14, 3), (None, 3)"),
+    "subclass without shapes": (
+        "import keras\nclass M(keras.Model):\n    def call(self, x):\n        return x\n"
+        "def build(input_shape, num_classes, config):\n    return M()\n", "mine:build", "none that are known"),
+    "probabilities": (START + END.replace("Dense(num_classes", "Dense(num_classes, 'softmax'"), "mine:build", "gives prob"),
+    "softmax layer": (
+        START + "    x = keras.layers.Dense(num_classes)(x)\n    return keras.Model(images, keras.layers.Softmax()(x))\n",
+        "mine:build", "gives probabilities"),
+    "layers outside": (
+        "import keras\nDENSE = keras.layers.Dense(10)\n" + START + END.replace("keras.layers.Dense(num_classes)", "DENSE"),
+        "mine:build", "make all layers inside of the function"),
+    "nothing to train": (START + "    return keras.Model(images, x[:, :num_classes])\n", "mine:build", "nothing to train"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes the module `mine`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def write(text: str) -> None:
+        (tmp_path / "mine.py").write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_model_that_cannot_be_trained_is_refused_in_one_line(kind: str, module) -> None:
+    text, name, words = WRONG[kind]
+    if text is not None:
+        module(text)
+    before = keras.config.dtype_policy()
+    with pytest.raises(RequestError) as caught:
+        training_model(from_preset("default", {"model": name}), SHAPE, 10, synchronized=False)
+    assert str(caught.value).startswith(f"--model={name}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert keras.config.dtype_policy() is before
+
+
+def config(**options: object) -> Config:
+    return from_preset("default", {"model": "examples.resnet:build", **options})
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "mixed_bfloat16", "mixed_float16"])
+def test_model_computes_in_the_precision_of_the_job_and_infers_in_full(precision: str) -> None:
+    training = training_model(config(precision=precision), SHAPE, 10, synchronized=True)
+    inference = inference_model(config(precision=precision), SHAPE, 10)
+    compute = {layer.compute_dtype for layer in training.layers if isinstance(layer, keras.layers.Conv2D)}
+    assert compute == {precision.removeprefix("mixed_")}
+    full = "float64" if precision == "float64" else "float32"
+    assert {training.outputs[0].dtype, inference.outputs[0].dtype} == {full}
+    assert {variable.dtype for variable in weights_of(training) + weights_of(inference)} == {full}
+    assert [variable.shape for variable in weights_of(training)] == [variable.shape for variable in weights_of(inference)]
+    assert all(layer.synchronized for layer in training.layers if isinstance(layer, keras.layers.BatchNormalization))
+
+
+def test_weights_of_the_copy_that_trains_are_those_of_the_copy_that_infers() -> None:
+    training = training_model(config(), SHAPE, 10, synchronized=False)
+    inference = inference_model(config(), SHAPE, 10)
+    for target, source in zip(weights_of(inference), weights_of(training), strict=True):
+        assert target.path.split("/")[-1] == source.path.split("/")[-1]
+        target.assign(source)
+    images = np.random.default_rng(0).uniform(0, 255, (5, *SHAPE)).astype(np.float32)
+    positions = tf.range(5, dtype=tf.int64)
+    np.testing.assert_allclose(
+        training([tf.constant(images), positions], training=False), inference([tf.constant(images)]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_dropout_depends_on_the_position_alone() -> None:
+    model = training_model(config(dropout_rate=0.5), SHAPE, 10, synchronized=False)
+    image = np.random.default_rng(0).uniform(0, 255, SHAPE).astype(np.float32)
+    images = np.stack([image] * 6)
+    layer = next(layer for layer in model.layers if type(layer).__name__ == "PositionDropout")
+    assert not [layer for layer in model.layers if type(layer) is keras.layers.Dropout]
+    assert not [variable for variable in model.variables if "seed" in variable.path]
+    features = keras.Model(model.inputs, layer.output)
+    first = features([tf.constant(images), tf.range(6, dtype=tf.int64)]).numpy()
+    again = features([tf.constant(images[:2]), tf.constant([4, 1], tf.int64)]).numpy()
+    np.testing.assert_allclose(again, first[[4, 1]], rtol=1e-4, atol=1e-5)
+    assert 0.2 < np.mean(first == 0) < 0.9
+    assert np.any(first[0] != first[1])
+
+
+def test_without_dropout_images_are_the_only_input() -> None:
+    assert len(training_model(config(dropout_rate=0), SHAPE, 10, synchronized=False).inputs) == 1
+
+
+def test_examples_network_has_the_published_shape() -> None:
+    """Three stages of halving size, two convolutions each, and a shortcut around them."""
+    model = resnet.build((28, 28, 1), 10, config())
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert len([layer for layer in convolutions if layer.kernel_size == (3, 3)]) == 7
+    assert len([layer for layer in convolutions if layer.kernel_size == (1, 1)]) == 2
+    assert len([layer for layer in model.layers if isinstance(layer, keras.layers.Add)]) == 3
+
+
+def test_job_with_a_wrong_model_ends_with_2_and_leaves_nothing(module, tiny_data: Path, tmp_path: Path) -> None:
+    module(START + END.replace("num_classes", "3"))
+    options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", "model": "mine:build"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "gives (None, 3)" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert custom._FIRST_STREAM > 3
