@@ -20,6 +20,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from benchmarks.setup import Prepared, prepare
 from trainer.augment import augment
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.layers import training_on
 from trainer.steps import cross_entropy
 
 _STEPS, _TURNS, _SAVES, _INPUT_STEPS = 20, 9, 7, 400
@@ -33,7 +34,8 @@ def _partial_loop(job: Prepared, *, backward: bool) -> Callable[[], object]:
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         images = tf.cast(augment(tf.cast(images, tf.float32), positions, config.augment, config.seed), dtype)
         with tf.GradientTape() as tape:
-            logits = model([images, positions] if len(model.inputs) == 2 else [images], training=True)
+            with training_on(positions):
+                logits = model(images, training=True)
             loss = tf.reduce_mean(cross_entropy(labels, logits, config.label_smoothing))
         if not backward:
             return loss

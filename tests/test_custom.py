@@ -11,9 +11,9 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
 from examples import resnet
-from trainer import custom
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.layers import training_on
 from trainer.models import inference_model, training_model, weights_of
 from trainer.presets import from_preset
 
@@ -100,36 +100,30 @@ def test_model_computes_in_the_precision_of_the_job_and_infers_in_full(precision
     assert all(layer.synchronized for layer in training.layers if isinstance(layer, keras.layers.BatchNormalization))
 
 
-def test_weights_of_the_copy_that_trains_are_those_of_the_copy_that_infers() -> None:
-    training = training_model(config(), SHAPE, 10, synchronized=False)
-    inference = inference_model(config(), SHAPE, 10)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("mixed_bfloat16", 0.05)])
+def test_weights_of_the_copy_that_trains_are_those_of_the_copy_that_infers(precision: str, tolerance: float) -> None:
+    training = training_model(config(precision=precision), SHAPE, 10, synchronized=False)
+    inference = inference_model(config(precision=precision), SHAPE, 10)
     for target, source in zip(weights_of(inference), weights_of(training), strict=True):
         assert target.path.split("/")[-1] == source.path.split("/")[-1]
         target.assign(source)
     images = np.random.default_rng(0).uniform(0, 255, (5, *SHAPE)).astype(np.float32)
-    positions = tf.range(5, dtype=tf.int64)
-    np.testing.assert_allclose(
-        training([tf.constant(images), positions], training=False), inference([tf.constant(images)]), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(training(images, training=False), inference(images), rtol=tolerance, atol=tolerance)
 
 
 def test_dropout_depends_on_the_position_alone() -> None:
     model = training_model(config(dropout_rate=0.5), SHAPE, 10, synchronized=False)
     image = np.random.default_rng(0).uniform(0, 255, SHAPE).astype(np.float32)
     images = np.stack([image] * 6)
-    layer = next(layer for layer in model.layers if type(layer).__name__ == "PositionDropout")
-    assert not [layer for layer in model.layers if type(layer) is keras.layers.Dropout]
-    assert not [variable for variable in model.variables if "seed" in variable.path]
-    features = keras.Model(model.inputs, layer.output)
-    first = features([tf.constant(images), tf.range(6, dtype=tf.int64)]).numpy()
-    again = features([tf.constant(images[:2]), tf.constant([4, 1], tf.int64)]).numpy()
+    (layer,) = (layer for layer in model.layers if isinstance(layer, keras.layers.Dropout))
+    features = keras.Model(model.inputs[0], layer.output)
+    with training_on(tf.range(6, dtype=tf.int64)):
+        first = features(tf.constant(images), training=True).numpy()
+    with training_on(tf.constant([4, 1], tf.int64)):
+        again = features(tf.constant(images[:2]), training=True).numpy()
     np.testing.assert_allclose(again, first[[4, 1]], rtol=1e-4, atol=1e-5)
     assert 0.2 < np.mean(first == 0) < 0.9
     assert np.any(first[0] != first[1])
-
-
-def test_without_dropout_images_are_the_only_input() -> None:
-    assert len(training_model(config(dropout_rate=0), SHAPE, 10, synchronized=False).inputs) == 1
 
 
 def test_examples_network_has_the_published_shape() -> None:
@@ -151,4 +145,3 @@ def test_job_with_a_wrong_model_ends_with_2_and_leaves_nothing(module, tiny_data
     assert done.returncode == 2, done.stderr
     assert "gives (None, 3)" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert custom._FIRST_STREAM > 3

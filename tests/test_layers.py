@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.augment import augment
-from trainer.layers import PositionDropout
+from trainer.layers import drop_by_position, training_on
 from trainer.models import inference_model, training_model, weights_of
 from trainer.presets import from_preset
 from trainer.randomness import uniform
@@ -36,12 +36,21 @@ def test_random_numbers_follow_seed_stream_and_position_alone() -> None:
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_knows_only_positions() -> None:
-    layer = PositionDropout(0.4, seed=1, dtype="float32")
+    images = keras.Input((128,))
+    within = keras.Sequential([keras.Input((128,)), keras.layers.Dropout(0.4)])
+    model = keras.Model(images, [keras.layers.Dropout(0.4)(images), within(images)])
+    drop_by_position(model, seed=1)
     positions = tf.range(2000, dtype=tf.int64)
-    outputs = layer(tf.ones([2000, 128]), positions).numpy()
+    with training_on(positions):
+        outputs, others = (values.numpy() for values in model(tf.ones([2000, 128]), training=True))
     assert abs(np.mean(outputs == 0) - 0.4) < 0.005
     np.testing.assert_allclose(np.unique(outputs), [0, 1 / 0.6], rtol=1e-6)
-    np.testing.assert_array_equal(layer(tf.ones([10, 128]), positions[500:510]), outputs[500:510])
+    with training_on(positions[500:510]):
+        again, others_again = model(tf.ones([10, 128]), training=True)
+    np.testing.assert_array_equal(again, outputs[500:510])
+    np.testing.assert_array_equal(others_again, others[500:510])
+    assert abs(np.mean((outputs == 0) & (others == 0)) - 0.16) < 0.005  # Each layer draws for itself.
+    np.testing.assert_array_equal(model(tf.ones([10, 128]), training=False)[0], np.ones([10, 128]))
 
 
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
@@ -111,7 +120,7 @@ def test_options_change_the_network() -> None:
     model = training_model(config, (20, 24, 1), 26, synchronized=False)
     names = [type(layer).__name__ for layer in model.layers]
     assert "GlobalAveragePooling2D" in names
-    assert "PositionDropout" not in names
+    assert "Dropout" not in names
     assert {layer.activation.__name__ for layer in model.layers if isinstance(layer, keras.layers.Activation)} == {"gelu"}
     average = training_model(from_preset("fast", {"pooling": "average"}), (28, 28, 1), 10, synchronized=False)
     assert sum(isinstance(layer, keras.layers.AveragePooling2D) for layer in average.layers) == 2

@@ -153,7 +153,7 @@ def test_evaluation_ignores_padding_and_agrees_with_scikit_learn() -> None:
     examples = Examples(IMAGES[:61], LABELS[:61])
     dataset = strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, 16))
     totals = steps.make_eval_loop(model, strategy)(iter(dataset), tf.constant(4, tf.int64)).numpy()
-    probabilities = keras.ops.softmax(model([IMAGES[:61].astype(np.float64)])).numpy()
+    probabilities = keras.ops.softmax(model(IMAGES[:61].astype(np.float64))).numpy()
     assert totals[steps.EXAMPLES] == 61
     assert totals[steps.CORRECT] / 61 == accuracy_score(LABELS[:61], probabilities.argmax(1))
     np.testing.assert_allclose(totals[steps.LOSS] / 61, log_loss(LABELS[:61], probabilities, labels=range(4)), rtol=1e-9)

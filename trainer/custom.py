@@ -9,16 +9,11 @@ import keras
 
 from trainer.config import Config
 from trainer.errors import RequestError
-from trainer.layers import PositionDropout
 
-# Those before it are augmentation's and our own networks'.
-_FIRST_STREAM = 16
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
-def build(
-    config: Config, input_shape: tuple[int, int, int], num_classes: int, dtype: str, *, synchronized: bool, training: bool
-) -> keras.Model:
+def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, dtype: str, *, synchronized: bool) -> keras.Model:
     """A model that the function named by `--model` makes.
 
     Args:
@@ -27,11 +22,9 @@ def build(
         num_classes: number of logits.
         dtype: Keras's dtype policy while the function runs.
         synchronized: whether its batch normalisation takes its statistics over several replicas.
-        training: whether it is the copy that trains.
 
     Returns:
-        A model of images [b, H, W, C] in [0, 255] that gives logits [b, num_classes], in float32 or more. One that trains and
-        has dropout takes positions, int64 [b], too.
+        A model of images [b, H, W, C] in [0, 255] that gives logits [b, num_classes], in float32 or more.
 
     Raises:
         RequestError: there is no such function, it fails, or what it makes cannot be trained.
@@ -51,32 +44,11 @@ def build(
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
-    if training:
-        model = _with_position_dropout(model, config.seed)
     # Logits in full precision: softmax and loss of 16-bit logits lose accuracy.
     logits = model.outputs[0]
     if keras.backend.standardize_dtype(logits.dtype) not in ("float32", "float64"):
         logits = keras.layers.Activation("linear", dtype="float32", name="logits_in_float32")(logits)
-    return keras.Model(model.inputs, logits, name=model.name)
-
-
-def _with_position_dropout(model: keras.Model, seed: int) -> keras.Model:
-    """The model with `PositionDropout` in place of its own `keras.layers.Dropout`, which would train another model elsewhere.
-
-    Keras 3.15 offers `clone_model` for such changes, which cannot add an input; it walks the graph by the same method.
-    """
-    streams: dict[str, int] = {}
-    positions = keras.Input((), dtype="int64", name="positions")
-
-    def replaced(layer: keras.layers.Layer) -> Callable[..., keras.KerasTensor]:
-        if type(layer) is not keras.layers.Dropout or layer.noise_shape or not layer.rate:
-            return layer
-        stream = streams.setdefault(layer.name, _FIRST_STREAM + len(streams))
-        dropout = PositionDropout(layer.rate, seed, layer.dtype_policy, stream)
-        return lambda inputs, *_, **__: dropout(inputs, positions)
-
-    outputs = model._run_through_graph(model.inputs, operation_fn=replaced)
-    return keras.Model([*model.inputs, positions], outputs, name=model.name) if streams else model
+    return keras.Model(model.inputs[0], logits, name=model.name)
 
 
 def _find(name: str) -> _Function:

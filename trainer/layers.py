@@ -1,36 +1,53 @@
 """Dropout that does not depend on the topology; batch normalisation is in `blocks.py`."""
 
+import contextlib
+import functools
+import itertools
 import math
+import threading
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
 from trainer.randomness import uniform
 
+# Replicas are traced in threads of their own.
+_replica = threading.local()
+# Of random numbers: the first layer's, and those of further ones; augmentation has 1 and 3.
+_STREAM, _FURTHER_STREAMS = 2, 16
 
-class PositionDropout(keras.layers.Layer):
-    """Dropout (Srivastava et al., 2014) whose mask depends on the seed and each example's position only.
+
+@contextlib.contextmanager
+def training_on(positions: tf.Tensor) -> Iterator[None]:
+    """Tells layers within which examples they are called on, by position: int64 [b]."""
+    _replica.positions = positions
+    try:
+        yield
+    finally:
+        del _replica.positions
+
+
+def drop_by_position(model: keras.Model, seed: int) -> None:
+    """Makes the masks of the model's dropout (Srivastava et al., 2014) a function of the seed and each example's position only.
 
     Keras's own keeps a counter in a variable, gives every replica the same mask, and so trains another model on another
-    topology. This layer has no state. It is part of training models only.
+    topology. The layers stay what they are: their `call` alone is replaced, which then works within `training_on` only.
+
+    Args:
+        model: a training model; also dropout in models within it is found, but for one whose mask is shared (`noise_shape`).
+        seed: the job's seed.
     """
+    streams = itertools.chain([_STREAM], itertools.count(_FURTHER_STREAMS))
+    for layer in model._flatten_layers():
+        if type(layer) is keras.layers.Dropout and layer.rate and layer.noise_shape is None:
+            layer.call = functools.partial(_drop, layer.rate, seed, next(streams))
 
-    def __init__(self, rate: float, seed: int, dtype: str, stream: int = 2) -> None:
-        """Makes the layer for a rate and the job's seed; each layer of a network has a `stream` of random numbers of its own."""
-        super().__init__(dtype=dtype)
-        self.rate, self.seed, self.stream = rate, seed, stream
 
-    def call(self, inputs: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        """Drops outputs.
-
-        Args:
-            inputs: [b, ...].
-            positions: int64 [b].
-
-        Returns:
-            [b, ...], the remaining values scaled by 1 / (1 - rate).
-        """
-        shape = inputs.shape[1:]
-        keep = uniform(positions, math.prod(shape), self.seed, self.stream) >= self.rate
-        keep = tf.reshape(keep, [-1, *shape])
-        return tf.where(keep, inputs / (1 - self.rate), tf.zeros_like(inputs))
+def _drop(rate: float, seed: int, stream: int, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+    """Inputs [b, ...] with a share of `rate` dropped, the remaining values scaled by 1 / (1 - rate)."""
+    if not training:
+        return inputs
+    shape = inputs.shape[1:]
+    keep = uniform(_replica.positions, math.prod(shape), seed, stream) >= rate
+    return tf.where(tf.reshape(keep, [-1, *shape]), inputs / (1 - rate), tf.zeros_like(inputs))

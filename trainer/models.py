@@ -13,7 +13,7 @@ from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.first_block import FirstBlock
-from trainer.layers import PositionDropout
+from trainer.layers import drop_by_position
 
 # Filters of each convolution; a stage ends with pooling.
 _STAGES = ((32,), (64,))
@@ -22,7 +22,7 @@ _DENSE_UNITS = 128
 
 
 def training_model(config: Config, input_shape: tuple[int, int, int], num_classes: int, *, synchronized: bool) -> keras.Model:
-    """A model of images float32 [b, H, W, C] in [0, 255] and positions int64 [b]; gives logits [b, num_classes].
+    """A model of images float32 [b, H, W, C] in [0, 255] that gives logits [b, num_classes]; to train within `training_on`.
 
     Args:
         config: which network, and how it computes.
@@ -34,9 +34,11 @@ def training_model(config: Config, input_shape: tuple[int, int, int], num_classe
         RequestError: the images are too small for the network, or it is a user's own and cannot be trained.
     """
     if config.is_custom_model:
-        return custom.build(config, input_shape, num_classes, config.precision, synchronized=synchronized, training=True)
-    dropout = PositionDropout(config.dropout_rate, config.seed, config.precision) if config.dropout_rate else None
-    return _build(config, input_shape, num_classes, config.precision, dropout, synchronized, training=True)
+        model = custom.build(config, input_shape, num_classes, config.precision, synchronized=synchronized)
+    else:
+        model = _build(config, input_shape, num_classes, config.precision, synchronized, training=True)
+    drop_by_position(model, config.seed)
+    return model
 
 
 def inference_model(config: Config, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
@@ -46,8 +48,8 @@ def inference_model(config: Config, input_shape: tuple[int, int, int], num_class
     """
     dtype = "float64" if config.precision == "float64" else "float32"
     if config.is_custom_model:
-        return custom.build(config, input_shape, num_classes, dtype, synchronized=False, training=False)
-    return _build(config, input_shape, num_classes, dtype, None, False, training=False)
+        return custom.build(config, input_shape, num_classes, dtype, synchronized=False)
+    return _build(config, input_shape, num_classes, dtype, False, training=False)
 
 
 def _build(
@@ -55,12 +57,10 @@ def _build(
     input_shape: tuple[int, int, int],
     num_classes: int,
     dtype: str,
-    dropout: PositionDropout | None,
     synchronized: bool,
     training: bool,
 ) -> keras.Model:
     images = keras.Input(input_shape, name="images")
-    positions = keras.Input((), dtype="int64", name="positions")
     x = keras.layers.Rescaling(1 / 255, dtype=dtype)(images)
     try:
         for stage in _DEEP_STAGES if config.model == "deep_cnn" else _STAGES:
@@ -75,11 +75,11 @@ def _build(
     flatten = keras.layers.GlobalAveragePooling2D if config.pooling == "global_average" else keras.layers.Flatten
     x = flatten(dtype=dtype)(x)
     x = keras.layers.Dense(_DENSE_UNITS, activation=config.activation, dtype=dtype)(x)
-    if dropout:
-        x = dropout(x, positions)
+    if training and config.dropout_rate:
+        x = keras.layers.Dropout(config.dropout_rate, dtype=dtype)(x)
     # Logits in full precision: softmax and loss of 16-bit logits lose accuracy.
     logits = keras.layers.Dense(num_classes, dtype="float64" if dtype == "float64" else "float32", name="logits")(x)
-    return keras.Model([images, positions] if dropout else [images], logits, name=config.model)
+    return keras.Model(images, logits, name=config.model)
 
 
 def _block(

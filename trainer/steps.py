@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from trainer.augment import augment
 from trainer.config import Config
+from trainer.layers import training_on
 from trainer.models import weights_of
 from trainer.optimizers import Schedule
 
@@ -33,7 +34,7 @@ class State:
 
 
 TrainLoop = Callable[[object, tf.Tensor, tf.Tensor], tf.Tensor]
-GradientsFn = Callable[[list[tf.Tensor], tf.Tensor], tuple[tf.Tensor, list[tf.Tensor]]]
+GradientsFn = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, list[tf.Tensor]]]
 EvalLoop = Callable[[object, tf.Tensor], tf.Tensor]
 
 
@@ -45,7 +46,6 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         the sums of each step over this worker's replicas, float64 [steps, 3]: loss, correct answers, examples.
     """
     model, optimizer = state.model, state.optimizer
-    takes_positions = len(model.inputs) == 2
     gradients_fn = _make_gradients_fn(config, model, optimizer)
     dtype_sent = exchange_dtype(config, strategy)
     if config.jit_compile:
@@ -59,8 +59,7 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         gradients: list[tf.Tensor] = []
         batches = zip(tf.split(images, parts), tf.split(labels, parts), tf.split(positions, parts), strict=True)
         for part_images, part_labels, part_positions in batches:
-            inputs = [part_images, part_positions] if takes_positions else [part_images]
-            part_totals, part_gradients = gradients_fn(inputs, part_labels)
+            part_totals, part_gradients = gradients_fn(part_images, part_labels, part_positions)
             totals += part_totals
             gradients = [a + b for a, b in zip(gradients, part_gradients, strict=True)] if gradients else part_gradients
         replica_context = tf.distribute.get_replica_context()
@@ -111,9 +110,10 @@ def exchange_dtype(config: Config, strategy: tf.distribute.Strategy) -> tf.DType
 def _make_gradients_fn(config: Config, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> GradientsFn:
     smoothing = config.label_smoothing
 
-    def gradients_fn(inputs: list[tf.Tensor], labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def gradients_fn(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape() as tape:
-            logits = model(inputs, training=True)
+            with training_on(positions):
+                logits = model(images, training=True)
             losses = cross_entropy(labels, logits, smoothing)
             # Over the global batch, not this replica's: the sum over replicas is then the gradient of the global mean.
             loss = tf.reduce_sum(losses) / config.global_batch_size

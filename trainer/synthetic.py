@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 
+from trainer import cli
 from trainer.collection import Collection, Images, Split
 from trainer.errors import RequestError
 
@@ -27,11 +28,15 @@ class Deformed:
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray | RequestError]:
         """Some images, each uint8 [H, W, C]."""
         # TensorFlow takes seconds to import, and is needed here alone.
-        import tensorflow as tf
+        with cli.quiet_start():
+            import tensorflow as tf
 
-        from trainer.augment import augment
+            from trainer.augment import augment
 
-        deform = tf.function(lambda images, numbers: tf.cast(tf.round(augment(images, numbers, "elastic", self.seed)), tf.uint8))
+        @tf.function(reduce_retracing=True)
+        def deform(images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+            return tf.cast(tf.round(augment(images, numbers, "elastic", self.seed)), tf.uint8)
+
         left = iter(indices)
         while len(part := np.fromiter(islice(left, _BATCH), np.int64)):
             numbers = self.numbers[part]
