@@ -18,12 +18,13 @@ from typing import Any
 
 from rich.progress import track
 
-from benchmarks import accuracy, cost_model, costs, report, scaling, throughput
+from benchmarks import accuracy, cost_model, costs, data, report, scaling, throughput
 
 SECTIONS: dict[str, Callable[[bool, throughput.Progress], report.Section]] = {
     "throughput": throughput.measure,
     "accuracy": accuracy.measure,
     "costs": costs.measure,
+    "data": data.measure,
     "scaling": scaling.measure,
     "cost_model": cost_model.measure,
 }
