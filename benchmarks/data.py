@@ -38,15 +38,8 @@ def measure(quick: bool, progress: Progress) -> Section:
         large, small, pictures = folder / "large", folder / "small", folder / "pictures"
         seconds, command = _prepare(large, count)
         _prepare(small, count // _PART)
-        run_program(
-            [
-                _READER,
-                "write_pictures",
-                str(small),
-                f"--pictures={pictures}",
-                f"--batches={min(count // _PART, 25_600) // _BATCH}",
-            ]
-        )
+        picture_batches = min(count // _PART, 25_600) // _BATCH
+        run_program([_READER, "write_pictures", str(small), f"--pictures={pictures}", f"--batches={picture_batches}"])
         late = int(count * 0.9) // _BATCH
         rows = [
             ("digitfleet", f"{count:,} records", ["digitfleet", str(large), f"--batches={batches}"]),
@@ -56,7 +49,8 @@ def measure(quick: bool, progress: Progress) -> Section:
             ("`TFRecordDataset`", f"{count:,} records", ["tfrecords", str(large), f"--batches={batches}"]),
             (f"`TFRecordDataset`, from step {late:,}", f"{count:,} records",
              ["tfrecords", str(large), f"--batches={batches}", f"--first_step={late}"]),
-            ("`image_dataset_from_directory`", f"{num_pictures:,} PNG files", ["directory", str(pictures), f"--batches={num_pictures // _BATCH - 10}"]),
+            ("`image_dataset_from_directory`", f"{picture_batches * _BATCH:,} PNG files",
+             ["directory", str(pictures), f"--batches={picture_batches - 10}"]),
         ]  # fmt: skip
         figures: dict[str, Any] = {"written_per_second": count / seconds}
         cells = []
@@ -74,9 +68,9 @@ def measure(quick: bool, progress: Progress) -> Section:
         f"{count / seconds:,.0f} a second. Reading them, in batches of {_BATCH}, pixels as uint8:\n\n"
         + table(["reader", "of", "images/s", "seconds to the first batch", "peak RSS, MiB"], cells)
         + f"\n\nOne epoch of them, streamed, with `--preset fast`: {streamed['steps']:,} steps at "
-        f"{streamed['images_per_second']:,.0f} images/s; MNIST from memory: {memory['images_per_second']:,.0f}. Test accuracy on "
-        f"MNIST's own test set {streamed['test_accuracy']:.2%}; after two epochs of MNIST {memory['test_accuracy']:.2%}. No program "
-        f"had more than {figures['streamed_peak_rss_mib']:,.0f} MiB."
+        f"{streamed['images_per_second']:,.0f} images/s; MNIST from memory: {memory['images_per_second']:,.0f}. Test accuracy "
+        f"on MNIST's own test set {streamed['test_accuracy']:.2%}; after two epochs of MNIST {memory['test_accuracy']:.2%}. No "
+        f"program had more than {figures['streamed_peak_rss_mib']:,.0f} MiB."
     )
     commands = [
         as_typed(command),
