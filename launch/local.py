@@ -36,6 +36,13 @@ def define(flag_values: flags.FlagValues) -> None:
         **module,
     )
     flags.DEFINE_integer(
+        "data_workers",
+        0,
+        "Processes that read and decode a prepared data set for the workers (tf.data service). 0: the workers do so.",
+        lower_bound=0,
+        **module,
+    )
+    flags.DEFINE_integer(
         "max_restarts", 3, "Times all workers are started again after one was lost or stopped.", lower_bound=0, **module
     )
     flags.DEFINE_string(
@@ -57,6 +64,10 @@ def main(task_arguments: list[str]) -> None:
     """Runs the job; exits with its code."""
     values = flags.FLAGS
     config = task_config(task_arguments)
+    if values.data_workers and (not config.data_dir or config.data_service):
+        raise RequestError(
+            "--data_workers prepare the records of --data_dir, a data set of trainer.prepare; and --data_service is theirs"
+        )
     faults = chaos.parse(values.chaos, values.num_workers)
     model_dir = config.model_dir or task_flags.new_model_dir(config)
     devices = values.devices_per_worker or config.num_devices
@@ -75,6 +86,7 @@ def main(task_arguments: list[str]) -> None:
         grace_period_secs=config.grace_period,
         step_timeout_secs=config.step_timeout,
         faults=faults,
+        data_workers=values.data_workers,
     )
     is_new = not Path(model_dir).exists()
     storage.prepare_folder(Path(model_dir))

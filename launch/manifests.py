@@ -14,7 +14,7 @@ from trainer.errors import RequestError
 
 # Components that bring what runs. Those that change a worker's pod come before, what changes the job itself after.
 _WORKLOADS = ("job", "jobset", "trainjob", "tfjob", "sweep")
-_BEFORE = ("tensorboard", "cpu", "spot", "storage-gcs", "storage-s3")
+_BEFORE = ("tensorboard", "data-service", "cpu", "spot", "storage-gcs", "storage-s3")
 _AFTER = ("kueue",)
 
 # libyaml's, ten times as quick, where PyYAML was built with it.

@@ -21,7 +21,7 @@ _BUCKETS = (
     re.compile(r"(s3)://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/?"),
 )
 # What `--components` takes; components for buckets come by `--storage`, which names the bucket.
-COMPONENTS = ("tensorboard", "cpu", "spot", "kueue")
+COMPONENTS = ("tensorboard", "data-service", "cpu", "spot", "kueue")
 
 
 def check_names(name: str, namespace: str) -> None:

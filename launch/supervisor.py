@@ -1,10 +1,12 @@
 """Keeps a job of several workers going: one failed worker ends all, and what can go on is started again."""
 
+import contextlib
 import dataclasses
 import json
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launch.chaos import SIGNALS, Fault
@@ -32,6 +34,7 @@ class Job:
         grace_period_secs: what workers take to save after a signal.
         step_timeout_secs: how long a worker may be stopped (SIGSTOP) when no other is left to notice; 0 for ever.
         faults: signals to send, by step.
+        data_workers: how many processes prepare input for the workers; 0 for none.
     """
 
     command: Sequence[str]
@@ -41,6 +44,7 @@ class Job:
     grace_period_secs: float
     step_timeout_secs: float
     faults: Sequence[Fault] = ()
+    data_workers: int = 0
 
 
 class Supervisor:
@@ -91,8 +95,11 @@ class Supervisor:
 
     def _attempt(self) -> int:
         """One start of all workers; returns the exit code of the job."""
-        with self._start() as workers:
+        with self._start_data_servers() as (address, servers), self._start(address) as workers:
             while not any(workers.codes()) and None in workers.codes() and not self._asked:
+                if servers and any(code is not None for code in servers.codes()):
+                    self._end_without_data(workers, servers)
+                    break
                 self._inject(workers)
                 self._end_if_all_stopped(workers)
                 time.sleep(_LOOK_EVERY_SECS)
@@ -104,7 +111,30 @@ class Supervisor:
             codes = [code if code is not None else -signal.SIGKILL for code in workers.codes()]
         return _job_code(codes)
 
-    def _start(self) -> Workers:
+    @contextlib.contextmanager
+    def _start_data_servers(self) -> Iterator[tuple[str, Workers | None]]:
+        """The dispatcher and the data workers of one attempt, and the dispatcher's address; nothing where none are wanted."""
+        if not self._job.data_workers:
+            yield "", None
+            return
+        dispatcher, *ports = free_ports(1 + self._job.data_workers)
+        address = f"grpc://127.0.0.1:{dispatcher}"
+        server = [sys.executable, "-m", "trainer.data_server"]
+        commands = [[*server, f"--port={dispatcher}"]]
+        commands += [[*server, f"--port={port}", f"--dispatcher={address}", "--address=127.0.0.1"] for port in ports]
+        environments: list[dict[str, str]] = [{} for _ in commands]
+        with Workers(commands, environments, self._job.model_dir / "logs", lambda *_: None, "data") as servers:
+            yield address, servers
+
+    def _end_without_data(self, workers: Workers, servers: Workers) -> None:
+        """A data server has ended: what it had prepared is lost, and the workers would wait for it."""
+        ended = [(index, code) for index, code in enumerate(servers.codes()) if code is not None]
+        self._lost.fault()
+        self._say("; ".join(f"data server {index} {_words(code)}" for index, code in ended) + ": ending all")
+        workers.signal(signal.SIGTERM)
+        workers.wait(_END_TOGETHER_SECS, lambda: len(self._asked) > 1)
+
+    def _start(self, data_service: str) -> Workers:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(self._job.environments))]
         environments = [
             {
@@ -113,7 +143,8 @@ class Supervisor:
             }
             for index, environment in enumerate(self._job.environments)
         ]
-        return Workers(self._job.command, environments, self._job.model_dir / "logs", self._show)
+        command = [*self._job.command, *([f"--data_service={data_service}"] if data_service else [])]
+        return Workers([command] * len(environments), environments, self._job.model_dir / "logs", self._show)
 
     def _inject(self, workers: Workers) -> None:
         step = last_step(self._job.model_dir)

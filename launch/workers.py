@@ -16,29 +16,31 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Workers:
-    """Runs the same command once for each environment. Use it as a context: at its end no process is left.
+    """Runs several commands at once. Use it as a context: at its end no process is left.
 
     Args:
-        command: what every worker runs.
+        commands: what each worker runs.
         environments: what each worker's environment has beside this one's.
-        log_dir: a folder for `worker-<index>.log`, to which is appended.
+        log_dir: a folder for `<kind>-<index>.log`, to which is appended.
         show: takes a worker's index and a line of its output.
+        kind: what the workers are, for the logs' names.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        commands: Sequence[Sequence[str]],
         environments: Sequence[Mapping[str, str]],
         log_dir: Path,
         show: Callable[[int, str], None],
+        kind: str = "worker",
     ) -> None:
         self._show = show
         self._threads: list[threading.Thread] = []
         self.processes: list[subprocess.Popen[str]] = []
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
-            for index, environment in enumerate(environments):
-                self._start(index, command, environment, log_dir / f"worker-{index}.log")
+            for index, (command, environment) in enumerate(zip(commands, environments, strict=True)):
+                self._start(index, command, environment, log_dir / f"{kind}-{index}.log")
         except BaseException:
             self.__exit__()
             raise

@@ -18,13 +18,13 @@ seed deterministic optimizer learning_rate lr_schedule warmup_steps weight_decay
 gradient_accumulation_steps activation pooling dropout_rate augment precision jit_compile sync_batch_norm all_reduce
 rendezvous_timeout step_timeout grace_period early_stopping_patience checkpoint_every_steps keep_checkpoints resume
 num_devices profile_steps target_accuracy
-image_size input_pipeline on_error
+image_size input_pipeline on_error data_service
 """.split()
 
 WRONG = [
     ["--preset=fastest"], ["--preset="], ["--strategy=parameter_server"], ["--strategy=Mirrored"], ["--model=resnet"],
     ["--model=a.b:"],    ["--model=a-b:build"], ["--image_size=32x32x3"], ["--image_size=0"], ["--image_size=9999"],
-    ["--image_size=big"], ["--input_pipeline=disk"], ["--on_error=ignore"],
+    ["--image_size=big"], ["--input_pipeline=disk"], ["--on_error=ignore"], ["--data_service=grpc://a:1"],
     ["--validation_fraction=1"], ["--validation_fraction=-0.1"], ["--validation_fraction=nan"], ["--validation_fraction=half"],
     ["--num_classes=-1"], ["--num_classes=1"], ["--num_classes=ten"], ["--global_batch_size=0"], ["--global_batch_size=-4"],
     ["--global_batch_size=2.5"], ["--epochs=0"], ["--epochs=-1.5"],

@@ -239,7 +239,9 @@ def test_no_process_is_left_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 def test_children_of_workers_are_ended_with_them(tmp_path: Path) -> None:
     pids: list[int] = []
-    with Workers(["bash", "-c", "sleep 1000 & echo $!; wait"], [{}], tmp_path, lambda _, line: pids.append(int(line))) as workers:
+    with Workers(
+        [["bash", "-c", "sleep 1000 & echo $!; wait"]], [{}], tmp_path, lambda _, line: pids.append(int(line))
+    ) as workers:
         deadline = time.monotonic() + 10
         while not pids:
             assert time.monotonic() < deadline

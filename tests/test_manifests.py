@@ -17,7 +17,10 @@ from conftest import ROOT
 from launch import kubectl, manifests
 from launch.arguments import task_config
 from launch.quantities import quantity
+from launch.rendering import render
+from launch.request import Request
 from trainer import cluster
+from trainer.errors import RequestError
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
@@ -34,12 +37,12 @@ def objects(overlay: str) -> list[dict]:
 
 
 def with_component(component: str) -> list[dict]:
-    """What a component for storage makes of multi-worker and TensorBoard."""
-    return manifests.build("multi-worker", ["tensorboard", component])
+    """What a component makes of multi-worker, TensorBoard and tf.data service."""
+    return manifests.build("multi-worker", sorted({"tensorboard", "data-service", component}))
 
 
 EVERYTHING = {name: functools.partial(objects, name) for name in OVERLAYS}
-EVERYTHING |= {name: functools.partial(with_component, name) for name in ("storage-gcs", "storage-s3")}
+EVERYTHING |= {name: functools.partial(with_component, name) for name in ("data-service", "storage-gcs", "storage-s3")}
 everything = pytest.mark.parametrize("build", EVERYTHING.values(), ids=EVERYTHING)
 
 
@@ -279,7 +282,7 @@ def test_legacy_operator_sees_75_as_an_end_to_retry() -> None:
         assert subprocess.run(["sh", "-c", script, *command[5:]], check=False).returncode == expected
 
 
-@pytest.mark.parametrize("component", ["tensorboard", "cpu", "spot", "storage-gcs", "storage-s3", "kueue"])
+@pytest.mark.parametrize("component", ["tensorboard", "data-service", "cpu", "spot", "storage-gcs", "storage-s3", "kueue"])
 @pytest.mark.parametrize("overlay", TRAINING)
 def test_every_component_goes_with_every_overlay(overlay: str, component: str) -> None:
     built = manifests.build(overlay, [component])
@@ -293,7 +296,7 @@ def test_every_component_goes_with_every_overlay(overlay: str, component: str) -
         assert "cloud.google.com/gke-spot" in json.dumps(affinity)
         assert task_config(pods.flags(started)).grace_period < started.spec["terminationGracePeriodSeconds"]
     kinds = {found["kind"] for found in built}
-    assert ("Deployment" in kinds) == (component == "tensorboard" or overlay == "cpu")
+    assert ("Deployment" in kinds) == (component in ("tensorboard", "data-service") or overlay == "cpu")
     assert ("ServiceAccount" in kinds) == (component == "storage-gcs")
     assert ("PersistentVolume" in kinds) == (component == "storage-s3")
 
@@ -323,3 +326,23 @@ def test_every_overlay_and_component_says_what_it_is_for() -> None:
 
 def test_json_of_a_list_of_objects_is_what_kubectl_reads() -> None:
     assert json.loads(kubectl.objects_as_list(objects("tensorboard")))["kind"] == "List"
+
+
+def test_data_service_finds_itself_and_reaches_the_data() -> None:
+    """Ports, names and labels of its parts, and the folder that workers read from."""
+    built = manifests.build("multi-worker", ["data-service"])
+    by_name = {found["metadata"]["name"]: found for found in built if found["kind"] in ("Deployment", "Service")}
+    address = "grpc://digitfleet-data:5050"
+    dispatcher, worker = (by_name[f"digitfleet-data-{role}"]["spec"]["template"] for role in ("dispatcher", "worker"))
+    service = by_name["digitfleet-data"]["spec"]
+    assert service["selector"].items() <= dispatcher["metadata"]["labels"].items()
+    assert service["ports"][0]["port"] == dispatcher["spec"]["containers"][0]["ports"][0]["containerPort"] == 5050
+    assert dispatcher["spec"]["containers"][0]["args"] == ["--port=5050"]
+    assert f"--dispatcher={address}" in worker["spec"]["containers"][0]["args"]
+    assert "--port=5051" in worker["spec"]["containers"][0]["args"]
+    assert f"--data_service={address}" in pods.flags(pods.of(built)[0])
+    for mounts in (worker["spec"]["containers"][0]["volumeMounts"], pods.of(built)[0].spec["containers"][0]["volumeMounts"]):
+        assert "/data" in {mount["mountPath"] for mount in mounts}
+    with pytest.raises(RequestError, match="--data_service prepares records"):
+        render(Request(components=("data-service",)))
+    render(Request(components=("data-service",), task=("--data_dir=/data/digits",)))

@@ -48,6 +48,12 @@ class Config:
         "mixed anew each epoch. auto: memory up to 1 GiB of pixels.",
         choices=("auto", "memory", "stream"),
     )
+    data_service: str = option(
+        "",
+        "grpc://HOST:PORT of a dispatcher of tf.data service (trainer.data_server), whose workers then read and decode the "
+        "training records of a prepared data set. The weights are the same without. Empty: this process does.",
+        result=False,
+    )
     on_error: str = option(
         "fail",
         "Damaged records of a prepared data set. skip: look for them before training, count them in result.json, and train on "
@@ -203,6 +209,8 @@ class Config:
             raise RequestError(
                 f"--model={self.model}: expected one of {', '.join(MODELS)}, or package.module:function of your own"
             )
+        if self.data_service and (not self.data_dir or self.input_pipeline == "memory"):
+            raise RequestError("--data_service prepares records that are streamed: give --data_dir with a prepared data set")
         if self.num_classes == 1:
             raise RequestError("--num_classes=1: a classifier needs at least 2 classes, or 0 to count them in the data")
         if self.global_batch_size % self.gradient_accumulation_steps:

@@ -66,6 +66,8 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
     if workers is None or data is None:
         return
     found = data
+    if config.data_service:
+        report.check("data_service", lambda: _look_at_data_service(config))
     data = report.check("records", lambda: _look_at_records(config, found))
     if data is None:
         return
@@ -109,6 +111,13 @@ def _look_at_records(config: Config, data: dataset.Dataset) -> tuple[str, datase
     found = loading.loaded(config, data)
     share = "reads its share of the shards" if isinstance(found.train, Records) else "holds all examples in memory"
     return f"every worker {share}; {found.skipped} damaged examples are left out", found
+
+
+def _look_at_data_service(config: Config) -> tuple[str, None]:
+    from trainer import service
+
+    service.check(config.data_service)
+    return f"{config.data_service}: something answers", None
 
 
 def _look_at_model(config: Config, data: dataset.Dataset) -> tuple[str, None]:

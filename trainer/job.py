@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, exchange, loading, machine, pipeline, preflight, steps, storage
+from trainer import claim, exchange, loading, machine, pipeline, preflight, service, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
@@ -56,6 +56,8 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
+    if config.data_service:
+        service.check(config.data_service, config.rendezvous_timeout)
     dataset = loading.loaded(config, dataset)
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
     if result := claim.finished(model_dir):
@@ -72,6 +74,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
         preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch),
         _peers_can_be_lost(watch),
         loading.damage_told(dataset),
+        service.loss_told(config.data_service),
     ):
         if watch.peers:
             _tell([machine.check_clocks(watch.peers)])
@@ -184,7 +187,7 @@ def _export(plain: keras.Model, state: steps.State, dataset: Dataset, model_dir:
 
 def train_iterator(config: Config, examples: Part, first_step: int, topology: Topology) -> Any:
     """The global batches from `first_step` on, each worker's share of them."""
-    dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed)
+    dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed, config.data_service)
     return iter(topology.strategy.distribute_datasets_from_function(dataset_fn))
 
 

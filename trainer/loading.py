@@ -35,7 +35,10 @@ def loaded(config: Config, dataset: Dataset) -> Dataset:
                     part = _without_damage(part)
                 skipped += part.skipped
                 digest.update(part.segments.tobytes())
-                part = _in_memory(part, config.input_pipeline)
+                # Data workers read what is in files.
+                part = _in_memory(part, "stream" if config.data_service and name == "train" else config.input_pipeline)
+            elif config.data_service:
+                raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
             parts[name] = part
     # What is left of damaged data is other data: no run goes on with it, nor a worker that has found it whole.
     sha256 = digest.hexdigest() if skipped else dataset.sha256

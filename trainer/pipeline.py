@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer import streaming
+from trainer import service, streaming
 from trainer.dataset import Examples, Part
 from trainer.records import Records
 from trainer.streaming import Share
@@ -19,15 +19,22 @@ from trainer.streaming import Share
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
 
-def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
+def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, seed: int, data_service: str = "") -> DatasetFn:
     """The training input of each worker, endless, from `first_step` on.
+
+    Args:
+        examples: what to train on.
+        global_batch_size: examples of a step, over all workers.
+        first_step: where to begin.
+        seed: of the order.
+        data_service: address of a dispatcher of tf.data service that is to prepare records; empty to do so here.
 
     Returns:
         A function for `Strategy.distribute_datasets_from_function`, whose elements are the batches of single replicas:
         images uint8 [b, H, W, C], labels int32 [b], positions int64 [b].
     """
     if isinstance(examples, Records):
-        return _streamed_train_dataset_fn(examples, global_batch_size, first_step, seed)
+        return _streamed_train_dataset_fn(examples, global_batch_size, first_step, seed, data_service)
     images, labels = _tensors(examples)
     num_examples = len(examples)
 
@@ -71,11 +78,16 @@ def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
     return dataset_fn
 
 
-def _streamed_train_dataset_fn(records: Records, global_batch_size: int, first_step: int, seed: int) -> DatasetFn:
+def _streamed_train_dataset_fn(
+    records: Records, global_batch_size: int, first_step: int, seed: int, data_service: str
+) -> DatasetFn:
     decode = streaming.decoder(records)
 
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         share = _share(context, global_batch_size)
+        if data_service:
+            served = service.train_batches(records, share, first_step, seed, data_service)
+            return _batches(served, context, global_batch_size, None)
         found = streaming.train_records(records, share, first_step, seed)
         return _batches(found, context, global_batch_size, lambda serialized, positions: (*decode(serialized), positions))
 
@@ -96,11 +108,12 @@ def _streamed_eval_dataset_fn(records: Records, global_batch_size: int) -> Datas
 
 
 def _batches(
-    found: tf.data.Dataset, context: tf.distribute.InputContext, global_batch_size: int, finish: Callable
+    found: tf.data.Dataset, context: tf.distribute.InputContext, global_batch_size: int, finish: Callable | None
 ) -> tf.data.Dataset:
-    """A worker's records as the finished batches of its replicas in turn."""
-    batch = context.get_per_replica_batch_size(global_batch_size)
-    finished = found.rebatch(batch, drop_remainder=True).map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    """A worker's records as the batches of its replicas in turn, finished by a function if they are not yet."""
+    finished = found.rebatch(context.get_per_replica_batch_size(global_batch_size), drop_remainder=True)
+    if finish:
+        finished = finished.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     # As `_positions` says: endless, and tf.distribute is to know it.
     return finished.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(4)
 

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -47,21 +47,17 @@ class Share:
         return position // self.global_batch_size * self.size + columns
 
 
-def train_records(records: Records, share: Share, first_step: int, seed: int) -> tf.data.Dataset:
-    """A worker's records in training order from `first_step` on, without end.
+_OfEpoch = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.data.Dataset]
 
-    Returns:
-        Serialized records, string [n], and their positions, int64 [n], a chunk at a time.
-    """
-    order = Order(records.segments[:, COUNT], share.global_batch_size, seed)
+
+def _of_epoch(records: Records, share: Share, order: Order) -> _OfEpoch:
+    """A function of an epoch and a range of this worker's examples, int64 []: those of the epoch that are in the range."""
     read = _Reader(records)
-    start = tf.constant(first_step * share.size, tf.int64)
-    first_epoch = share.position(start) // order.num_examples
 
-    def of_epoch(number: tf.Tensor) -> tf.data.Dataset:
+    def of_epoch(number: tf.Tensor, first: tf.Tensor, last: tf.Tensor) -> tf.data.Dataset:
         epoch = order.epoch(number)
-        first = tf.maximum(start, share.before(number * order.num_examples))
-        last = share.before((number + 1) * order.num_examples)
+        first = tf.maximum(first, share.before(number * order.num_examples))
+        last = tf.minimum(last, share.before((number + 1) * order.num_examples))
 
         def of_chunk(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             positions = share.position(tf.range(first, tf.minimum(first + read.chunk, last)))
@@ -70,7 +66,34 @@ def train_records(records: Records, share: Share, first_step: int, seed: int) ->
         chunks = tf.data.Dataset.range(first, last, read.chunk)
         return chunks.map(of_chunk, num_parallel_calls=2, deterministic=True).prefetch(1)
 
-    return tf.data.Dataset.counter(first_epoch).flat_map(of_epoch)
+    return of_epoch
+
+
+def train_records(records: Records, share: Share, first_step: int, seed: int) -> tf.data.Dataset:
+    """A worker's records in training order from `first_step` on, without end.
+
+    Returns:
+        Serialized records, string [n], and their positions, int64 [n], a chunk at a time.
+    """
+    order = Order(records.segments[:, COUNT], share.global_batch_size, seed)
+    of_epoch = _of_epoch(records, share, order)
+    first = tf.constant(first_step * share.size, tf.int64)
+    epochs = tf.data.Dataset.counter(share.position(first) // order.num_examples)
+    return epochs.flat_map(lambda number: of_epoch(number, first, tf.constant(tf.int64.max)))
+
+
+def steps_of(records: Records, share: Share, seed: int) -> Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset]:
+    """A function of a range of steps, int64 [], that gives a worker's records as `train_records` does, in batches of a step."""
+    order = Order(records.segments[:, COUNT], share.global_batch_size, seed)
+    of_epoch = _of_epoch(records, share, order)
+
+    def of_steps(first_step: tf.Tensor, last_step: tf.Tensor) -> tf.data.Dataset:
+        first, last = first_step * share.size, last_step * share.size
+        epochs = [share.position(number) // order.num_examples for number in (first, last - 1)]
+        found = tf.data.Dataset.range(epochs[0], epochs[1] + 1).flat_map(lambda number: of_epoch(number, first, last))
+        return found.rebatch(share.size, drop_remainder=True)
+
+    return of_steps
 
 
 def eval_records(records: Records, share: Share) -> tf.data.Dataset:

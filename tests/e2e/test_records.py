@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, arguments, free_ports, lines_of, tf_configs
+from conftest import ROOT, TINY, arguments, free_ports, lines_of, tf_configs
 from PIL import Image
 
 pytestmark = pytest.mark.e2e
@@ -157,3 +160,46 @@ def test_workers_may_come_and_go_in_the_middle_of_an_epoch_of_records(start_job,
     losses, expected = ([line["loss"] for line in lines_of(tmp_path / name, "train")] for name in ("run", "whole"))
     assert len(losses) == len(expected) == 120
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
+
+
+def test_data_workers_prepare_the_input_and_one_that_is_killed_costs_a_restart(tiny_records: Path, tmp_path: Path) -> None:
+    options = {
+        **TINY, "data_dir": tiny_records, "deterministic": True, "input_pipeline": "stream", "epochs": 60,
+        "checkpoint_every_steps": 20, "grace_period": 5,
+    }  # fmt: skip
+
+    def start(name: str, *launcher: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "launch.local", *launcher, "--", *arguments({**options, "model_dir": tmp_path / name})]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start("whole", "--num_workers=2")
+    assert whole.wait(300) == 0, whole.communicate()[0]
+    process = start("run", "--num_workers=2", "--data_workers=2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 60:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victims = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"--dispatcher=grpc" in _content(path)]
+    victims = [pid for pid in victims if _parent(pid) == process.pid]
+    assert len(victims) == 2
+    os.kill(int(victims[0]), signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "was ended by SIGKILL: ending all" in output
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
+    assert results[1]["restarts"] == 1
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    assert "data worker of" in (tmp_path / "run" / "logs" / "data-1.log").read_text()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: str) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,0 +1,103 @@
+"""tf.data service: the same steps in the same order as without it, and a loss that is noticed."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, TINY, arguments, free_ports
+
+from trainer import dataset, pipeline, service
+from trainer.errors import RequestError, Stopped
+
+_SERVER = [sys.executable, "-m", "trainer.data_server"]
+
+
+class Servers:
+    """A dispatcher and two data workers, as processes."""
+
+    def __init__(self, log: Path) -> None:
+        dispatcher, *ports = free_ports(3)
+        self.address = f"grpc://127.0.0.1:{dispatcher}"
+        commands = [[*_SERVER, f"--port={dispatcher}"]]
+        commands += [[*_SERVER, f"--port={port}", f"--dispatcher={self.address}", "--address=127.0.0.1"] for port in ports]
+        self.log = log
+        with open(log, "w") as file:
+            self.processes = [subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) for command in commands]
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.log.read_text().count("on port") < 3:
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert all(process.poll() is None for process in self.processes), self.log.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    started = Servers(tmp_path_factory.mktemp("servers") / "log")
+    try:
+        started.wait()
+        yield started
+    finally:
+        for process in started.processes:
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(20) for process in started.processes]
+    assert codes == [0, 0, 0], started.log.read_text()
+
+
+@pytest.mark.parametrize(("index", "pipelines", "first_step"), [(0, 1, 0), (0, 1, 13), (1, 2, 5)])
+def test_steps_are_those_without_the_service(
+    index: int, pipelines: int, first_step: int, servers: Servers, tiny_records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_CHUNK_BYTES", 40_000)  # Some steps each: the two data workers' must be put in order.
+    examples = dataset.load(str(tiny_records)).train
+    batches = []
+    for address in ("", servers.address):
+        make = pipeline.train_dataset_fn(examples, 32, first_step, 0, address)
+        found = make(tf.distribute.InputContext(pipelines, index, 2 * pipelines)).take(100)
+        batches.append([tuple(value.numpy() for value in batch) for batch in found])
+    assert len(batches[0]) == len(batches[1]) == 100
+    for ours, theirs in zip(*batches, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+
+def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, tiny_records: Path, tmp_path: Path) -> None:
+    results = []
+    for name, address in (("without", ""), ("with", servers.address)):
+        options = {
+            **TINY, "data_dir": tiny_records, "model_dir": tmp_path / name, "input_pipeline": "stream", "deterministic": True,
+            "data_service": address,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        results.append(next(line for line in done.stderr.splitlines() if "weights_sha256" in line))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("address", ["localhost:5050", "grpc://localhost", "grpc://:5050", "grpc://localhost:port"])
+def test_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(RequestError, match="expected grpc://HOST:PORT"):
+        service.check(address)
+
+
+def test_dispatcher_that_does_not_answer_is_told() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(Stopped, match=f"grpc://127.0.0.1:{port}: nothing answers there"):
+        service.check(f"grpc://127.0.0.1:{port}")
+
+
+def test_data_that_is_not_prepared_is_refused(tiny_data: Path, servers: Servers, tmp_path: Path) -> None:
+    options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", "data_service": servers.address}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is no data set of trainer.prepare" in done.stderr.splitlines()[-1]

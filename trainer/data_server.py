@@ -1,0 +1,69 @@
+"""One server of tf.data service: the dispatcher, or a worker that reads and decodes records for `trainer.task --data_service`.
+
+    python -m trainer.data_server --port 5050                                                       # the dispatcher
+    python -m trainer.data_server --port 5051 --dispatcher grpc://HOST:5050 --address THIS_HOST     # as many as wanted
+
+They hold nothing that is lost with them: see `service.py`. Data workers need the data set under the same path as the job.
+TensorFlow's servers listen on every interface, without authentication: keep them inside a trusted network.
+"""
+
+import signal
+import sys
+import threading
+from typing import Any
+
+from absl import flags
+
+from trainer import cli
+from trainer.errors import RequestError, Stopped
+
+_LONGEST_JOB_PAUSE_MS = 60_000
+_PATIENCE_SECS = 300.0
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds this command's flags."""
+    own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
+    flags.DEFINE_integer("port", 5050, "Port to listen on.", 1, 65535, **own)
+    flags.DEFINE_string("dispatcher", "", "grpc://HOST:PORT of the dispatcher. Empty: this is the dispatcher.", **own)
+    flags.DEFINE_string("address", "localhost", "Host name or address by which training workers reach this data worker.", **own)
+
+
+def main(positional: list[str]) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    values = flags.FLAGS
+    if positional:
+        raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    with cli.quiet_start():
+        import tensorflow as tf
+
+        from trainer import service
+    # Reading needs no GPU, and the job needs all of its memory.
+    tf.config.set_visible_devices([], "GPU")
+    served = tf.data.experimental.service
+    try:
+        if values.dispatcher:
+            service.check(values.dispatcher, _PATIENCE_SECS)
+            config = served.WorkerConfig(
+                dispatcher_address=values.dispatcher.removeprefix("grpc://"),
+                worker_address=f"{values.address}:{values.port}",
+                port=values.port,
+            )
+            server = served.WorkerServer(config)
+        else:
+            server = served.DispatchServer(served.DispatcherConfig(port=values.port, job_gc_timeout_ms=_LONGEST_JOB_PAUSE_MS))
+    except tf.errors.OpError as error:
+        raise Stopped(f"--port={values.port}: cannot serve there: {str(error.message).splitlines()[0]}") from error
+    role = f"data worker of {values.dispatcher}" if values.dispatcher else "dispatcher"
+    print(f"trainer.data_server: {role}, on port {values.port}", flush=True)
+    while not ended.wait(1.0):
+        pass
+    server._stop()
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    cli.run("trainer.data_server", main)

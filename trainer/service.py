@@ -1,0 +1,112 @@
+"""Input that other machines prepare: records are read and decoded by tf.data service (`--data_service`), in exact order.
+
+tf.data service hands each element of a source to one of its workers, and the results out as they come, each at most once. Here
+the source is the numbers of chunks of a training worker's examples; what comes back carries positions. So this side can put
+steps back into order, and knows when one is lost with the data worker that had it: then the job stops, and goes on from its
+checkpoint. Each example is used once an epoch, in the same order as without the service, so the weights are the same.
+
+Dispatcher and data workers are `data_server.py`.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from trainer import streaming
+from trainer.errors import RequestError, Stopped
+from trainer.records import Records
+from trainer.streaming import Share
+
+_SCHEME = "grpc://"
+_CONNECT_SECS, _RETRY_SECS = 10.0, 0.2
+# What a data worker reads for one go: short, as steps wait for each other until all before them are there.
+_CHUNK_BYTES = 2**20
+# Chunks that are ahead of one that is missing. More than data workers have at a time, and it is lost.
+_MOST_AHEAD = 256
+_LAST_CHUNK = 2**40
+_lost = threading.Event()
+
+
+def check(address: str, patience: float = 0) -> None:
+    """Sees whether a dispatcher answers, for so many seconds at most.
+
+    Raises:
+        RequestError: the address is none.
+        Stopped: nothing answers there.
+    """
+    host, _, port = address.removeprefix(_SCHEME).rpartition(":")
+    if not address.startswith(_SCHEME) or not host or not port.isdecimal():
+        raise RequestError(f"--data_service={address}: expected {_SCHEME}HOST:PORT, the dispatcher's address")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), _CONNECT_SECS):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Stopped(f"--data_service={address}: nothing answers there ({error.strerror or error})") from error
+        time.sleep(_RETRY_SECS)
+
+
+def train_batches(records: Records, share: Share, first_step: int, seed: int, address: str) -> tf.data.Dataset:
+    """A training worker's steps from `first_step` on, as the service prepares them, without end.
+
+    Returns:
+        images uint8 [n, H, W, C], labels int32 [n] and positions int64 [n] of one step, n being `share.size`.
+    """
+    decode = streaming.decoder(records)
+    steps_at_once = max(1, int(_CHUNK_BYTES // (records.record_bytes * share.size)))
+    of_steps = streaming.steps_of(records, share, seed)
+
+    def of_chunk(number: tf.Tensor) -> tf.data.Dataset:
+        first = tf.maximum(number * steps_at_once, first_step)
+        return of_steps(first, (number + 1) * steps_at_once)
+
+    chunks = tf.data.Dataset.range(first_step // steps_at_once, _LAST_CHUNK)
+    steps = chunks.flat_map(of_chunk).map(lambda serialized, positions: (*decode(serialized), positions),
+                                          num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)  # fmt: skip
+    served = steps.apply(
+        tf.data.experimental.service.distribute(
+            processing_mode=tf.data.experimental.service.ShardingPolicy.DYNAMIC,
+            service=address,
+            # Of this process alone: one that is started again begins at another step.
+            job_name=uuid.uuid4().hex,
+        )
+    )
+
+    def in_order() -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+        waiting: dict[int, tuple[tf.Tensor, tf.Tensor, tf.Tensor]] = {}
+        step = first_step
+        for images, labels, positions in served:
+            waiting[int(positions[0]) // share.global_batch_size] = images, labels, positions
+            while step in waiting:
+                yield waiting.pop(step)
+                step += 1
+            if len(waiting) > _MOST_AHEAD * steps_at_once:
+                _lost.set()
+                raise RuntimeError(f"step {step} was lost with a data worker")
+
+    return tf.data.Dataset.from_generator(in_order, output_signature=steps.element_spec)
+
+
+@contextlib.contextmanager
+def loss_told(address: str) -> Iterator[None]:
+    """Turns what TensorFlow raises when the service is gone, or has lost a step, into a stop.
+
+    Raises:
+        Stopped: so it is.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if not address:
+            raise
+        if _lost.is_set():
+            raise Stopped("a data worker was lost, and with it a step that it had prepared") from error
+        check(address)
+        raise
