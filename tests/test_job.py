@@ -159,6 +159,7 @@ LONG_CALL = {
 }  # fmt: skip
 
 
+@pytest.mark.e2e
 def test_signals_within_a_second_are_one_request_and_the_state_is_saved(start_job) -> None:
     """As `timeout` sends them: to the process, and to its group."""
     job = start_job(**LONG_CALL)

@@ -136,6 +136,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes_and_do_on_the_seed(tmp_p
     assert written("one") != written("other", "--seed=1")
 
 
+@pytest.mark.e2e
 def test_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
     arguments = ["--source=synthetic", "--num_examples=6000", "--num_shards=40", "--num_processes=2"]
     whole, output = tmp_path / "whole", tmp_path / "out"

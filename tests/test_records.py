@@ -107,6 +107,7 @@ def test_length_that_is_damaged_hides_no_more_than_its_segment(folder: Path) -> 
     assert found.skipped == NUM - len(found.train)
 
 
+@pytest.mark.e2e
 def test_streamed_damage_is_named_by_the_job(folder: Path) -> None:
     """The job is well under way when it comes to the damaged record."""
     flip(folder / SHARD, offsets_in(folder / SHARD)[9] + 40)

@@ -69,6 +69,7 @@ def test_steps_are_those_without_the_service(
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.e2e
 def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, tiny_records: Path, tmp_path: Path) -> None:
     results = []
     for name, address in (("without", ""), ("with", servers.address)):

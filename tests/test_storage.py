@@ -69,6 +69,7 @@ def test_lines_after_the_step_gone_on_from_are_removed_and_so_is_a_half_line(tmp
     assert written == [*records[:2], {"step": 3, "split": "train", "loss": None}]
 
 
+@pytest.mark.e2e
 def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goes_on(start_job) -> None:
     """A limit on file size stands for a full disk: checkpoints do not fit, the small files do."""
     job = start_job(epochs=12)
