@@ -34,7 +34,7 @@ def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> f
         return 0.0
     dtype, weights = exchange_dtype(config, strategy), state.model.trainable_variables
     # Two a layer of batch normalisation: see blocks.py. It has two moving averages, [C] each.
-    averages = state.model.non_trainable_variables if config.sync_batch_norm else []
+    averages = state.model.non_trainable_weights if config.sync_batch_norm else []
 
     def replica_exchange(start: tf.Tensor) -> tf.Tensor:
         # Each all-reduce waits for the one before, as in a step, and all are needed for the value that is returned.
