@@ -173,7 +173,8 @@ def test_data_workers_prepare_the_input_and_one_that_is_killed_costs_a_restart(t
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     whole = start("whole", "--num_workers=1")
-    assert whole.wait(300) == 0, whole.communicate()[0]
+    printed = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, printed
     process = start("run", "--num_workers=1", "--data_workers=2")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
