@@ -38,7 +38,7 @@ def define(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "data_workers",
         0,
-        "Processes that read and decode a prepared data set for one worker (tf.data service). 0: it does so itself.",
+        "Processes that read and decode a prepared data set for the workers (tf.data service). 0: they do so themselves.",
         lower_bound=0,
         **module,
     )
@@ -64,8 +64,6 @@ def main(task_arguments: list[str]) -> None:
     """Runs the job; exits with its code."""
     values = flags.FLAGS
     config = task_config(task_arguments)
-    if values.data_workers and values.num_workers > 1:
-        raise RequestError("--data_workers: with --num_workers=1 only, so far")
     if values.data_workers and (not config.data_dir or config.data_service):
         raise RequestError(
             "--data_workers prepare the records of --data_dir, a data set of trainer.prepare; and --data_service is theirs"

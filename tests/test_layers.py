@@ -9,7 +9,7 @@ from trainer.augment import augment
 from trainer.layers import drop_by_position, training_on
 from trainer.models import inference_model, training_model, weights_of
 from trainer.presets import from_preset
-from trainer.randomness import uniform
+from trainer.randomness import shuffled, uniform
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:
@@ -23,6 +23,24 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     assert np.abs(correlations).max() < 0.03
     neighbours = np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]
     assert abs(neighbours) < 0.03
+
+
+@pytest.mark.parametrize("num", [1, 2, 1000, 65_536, 65_537, 65_538, 262_145, 1_048_577])
+def test_shuffle_is_a_permutation_of_any_size(num: int) -> None:
+    for epoch in (0, 3):
+        found = shuffled(tf.range(num, dtype=tf.int64), tf.fill([num], tf.constant(epoch, tf.int64)), num, seed=5, stream=1)
+        np.testing.assert_array_equal(np.sort(found.numpy()), np.arange(num))
+
+
+@pytest.mark.parametrize("num", [1000, 65_537, 100_000])
+def test_shuffle_is_another_one_for_each_seed_epoch_and_use(num: int) -> None:
+    def order(seed: int, epoch: int, stream: int) -> bytes:
+        epochs = tf.fill([num], tf.constant(epoch, tf.int64))
+        return shuffled(tf.range(num, dtype=tf.int64), epochs, num, seed, stream).numpy().tobytes()
+
+    keys = [(0, 0, 0), (1, 0, 0), (256, 0, 0), (257, 0, 0), (70_000, 0, 0), (2**32 - 1, 0, 0), (0, 1, 0), (0, 256, 0),
+            (0, 300, 0), (256, 256, 0), (0, 0, 1)]  # fmt: skip
+    assert len({order(*key) for key in keys}) == len(keys)
 
 
 def test_random_numbers_follow_seed_stream_and_position_alone() -> None:

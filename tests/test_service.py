@@ -57,12 +57,16 @@ def test_steps_are_those_without_the_service(
 ) -> None:
     monkeypatch.setattr(service, "_CHUNK_BYTES", 40_000)  # Some steps each: the two data workers' must be put in order.
     examples = dataset.load(str(tiny_records)).train
-    batches = []
+    batches, specs = [], []
     for address in ("", servers.address):
         make = pipeline.train_dataset_fn(examples, 32, first_step, 0, address)
         found = make(tf.distribute.InputContext(pipelines, index, 2 * pipelines)).take(100)
+        # What is compiled depends on the shapes, and the last bits of the weights on what is compiled.
+        specs.append(found.element_spec)
         batches.append([tuple(value.numpy() for value in batch) for batch in found])
     assert len(batches[0]) == len(batches[1]) == 100
+    assert specs[0] == specs[1]
+    assert all(spec.shape[0] == 16 // pipelines for spec in specs[0])
     for ours, theirs in zip(*batches, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.dtype == other.dtype

@@ -19,7 +19,7 @@ from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
 from trainer.console import ConsoleWriter
 from trainer.dataset import Dataset, Part, split_validation
-from trainer.errors import RequestError, Stopped
+from trainer.errors import Stopped
 from trainer.export import export, weights_sha256
 from trainer.loop import Evaluation, Loop, Work
 from trainer.metrics import JsonLines, TensorBoard, Writers
@@ -57,8 +57,6 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
     if config.data_service:
-        if len(cluster.workers) > 1:
-            raise RequestError("--data_service: with one worker only, so far; leave it out")
         service.check(config.data_service, config.rendezvous_timeout)
     dataset = loading.loaded(config, dataset)
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)

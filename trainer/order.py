@@ -17,9 +17,11 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
+from trainer.randomness import shuffled
+
 # More mixes better, and divides among more workers; fewer makes longer runs.
 STREAMS = 64
-# `RandomIndexShuffle` of another use has a 0 here.
+# The shuffle of examples in memory has 0.
 _SHUFFLE_STREAM = 1
 
 
@@ -52,9 +54,7 @@ class Order:
     def epoch(self, number: tf.Tensor) -> Epoch:
         """The order of epoch `number`, int64 []."""
         size = self._counts.shape[0]
-        index = tf.range(size, dtype=tf.int64)
-        seed = tf.stack([tf.constant(_SHUFFLE_STREAM, tf.int64), tf.constant(self._seed, tf.int64), number])
-        segments = tf.raw_ops.RandomIndexShuffle(index=index, seed=seed, max_index=tf.constant(size - 1, tf.int64), rounds=4)
+        segments = shuffled(tf.range(size, dtype=tf.int64), tf.fill([size], number), size, self._seed, _SHUFFLE_STREAM)
         return Epoch(number, segments, tf.cumsum(tf.gather(self._counts, segments)))
 
     def places(self, epoch: Epoch, positions: tf.Tensor) -> tf.Tensor:

@@ -13,9 +13,11 @@ import tensorflow as tf
 
 from trainer import service, streaming
 from trainer.dataset import Examples, Part
+from trainer.randomness import shuffled
 from trainer.records import Records
 from trainer.streaming import Share
 
+_SHUFFLE_STREAM = 0
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
 
 
@@ -39,13 +41,7 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
     num_examples = len(examples)
 
     def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        epochs = positions // num_examples
-        # A row of three seeds an example. The raw op, because TensorFlow 2.21's `tf.random.experimental.index_shuffle` pads
-        # the wrong axis of more than one seed and so takes only one.
-        seeds = tf.stack([tf.zeros_like(epochs), tf.fill(tf.shape(epochs), tf.cast(seed, tf.int64)), epochs], axis=1)
-        indices = tf.raw_ops.RandomIndexShuffle(
-            index=positions % num_examples, seed=seeds, max_index=tf.cast(num_examples - 1, tf.int64), rounds=4
-        )
+        indices = shuffled(positions % num_examples, positions // num_examples, num_examples, seed, _SHUFFLE_STREAM)
         return tf.gather(images, indices), tf.gather(labels, indices), positions
 
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:

@@ -175,7 +175,8 @@ def decoder(records: Records) -> "tf.types.experimental.GenericFunction":
             images = tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, *stored])
             if stored[:2] != (height, width):
                 images = fitted(images)
-        return images, labels
+        # The batch is as well known as the records': what is compiled for it is then the same, to the last bit, from any source.
+        return tf.ensure_shape(images, [serialized.shape[0], height, width, channels]), labels
 
     return decode
 

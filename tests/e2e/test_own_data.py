@@ -172,10 +172,10 @@ def test_data_workers_prepare_the_input_and_one_that_is_killed_costs_a_restart(t
         command = [sys.executable, "-m", "launch.local", *launcher, "--", *arguments({**options, "model_dir": tmp_path / name})]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    whole = start("whole", "--num_workers=1")
+    whole = start("whole", "--num_workers=2")
     printed = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, printed
-    process = start("run", "--num_workers=1", "--data_workers=2")
+    process = start("run", "--num_workers=2", "--data_workers=2")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 20:
