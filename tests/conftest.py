@@ -174,6 +174,20 @@ def start_job(tmp_path: Path, tiny_data: Path):
         job.kill()
 
 
+def children_of(pid: int) -> dict[int, str]:
+    """The command lines of the processes that a process has started, by number."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if parent == pid:
+            found[int(path.name)] = line
+    return found
+
+
 def tf_configs(addresses: list[str]) -> list[dict[str, str]]:
     """The environment of each worker."""
     return [

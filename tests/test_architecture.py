@@ -56,7 +56,7 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
     """TensorFlow takes seconds: a wrong flag is told at once."""
     light = set(
         "task doctor prepare data_server flags config options presets cli cluster sources dataset collection formats records "
-        "idx pictures convert shards synthetic errors storage signals console".split()
+        "idx pictures children convert shards synthetic errors storage signals console".split()
     )
     for name in light:
         for node in MODULES[name].body:

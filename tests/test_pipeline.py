@@ -25,7 +25,9 @@ EXAMPLES = Examples(
 def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Part:
     """The examples as records of three shards, in segments of four: 35, 34 and 34 of them."""
     split = Split(Images(EXAMPLES.images), EXAMPLES.labels.astype(np.int64))
-    collection = Collection(format="npz", splits={"train": split, "test": split}, class_names=tuple(map(str, range(NUM))))
+    collection = Collection(
+        format="npz", splits={"train": split, "test": split}, class_names=tuple(map(str, range(NUM))), pictures="digits"
+    )
     request = shards.Request(num_shards=3, encoding="raw", image_size=None, test_fraction=0, seed=0, on_error="fail")
     folder = tmp_path_factory.mktemp("records")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,7 @@
 """Pictures of any size, colour and polarity, and clear words for what is no picture."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +13,9 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 from PIL import Image
 
-from trainer import pictures, predict
+from trainer import evaluate, pictures, predict
 from trainer.errors import RequestError
-from trainer.images import gray_from_bytes, to_model_input
+from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +169,61 @@ def test_wrong_request_is_one_line_and_exit_code_2(program: str, argv: list[str]
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert words in line
+
+
+COLOUR = {
+    "jpeg": lambda image: (image, "JPEG"), "gray jpeg": lambda image: (image.convert("L"), "JPEG"),
+    "png": lambda image: (image, "PNG"), "transparent png": lambda image: (image.convert("RGBA"), "PNG"),
+    "gray and alpha": lambda image: (image.convert("LA"), "PNG"), "gif": lambda image: (image, "GIF"),
+    "bmp": lambda image: (image, "BMP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLOUR)
+def test_colour_pictures_of_every_kind_are_decoded_as_pillow_does(kind: str, tmp_path: Path) -> None:
+    pixels = np.zeros((24, 20, 3), np.uint8)
+    pixels[:, :10], pixels[:, 10:] = (200, 40, 30), (30, 60, 190)
+    image, encoding = COLOUR[kind](Image.fromarray(pixels))
+    image.save(tmp_path / "picture", encoding)
+    found = rgb_from_bytes(tf.constant((tmp_path / "picture").read_bytes())).numpy()
+    np.testing.assert_allclose(found, np.asarray(pictures.load(tmp_path / "picture", 3), np.float32), atol=3)
+
+
+def test_transparent_colour_becomes_white() -> None:
+    content = io.BytesIO()
+    Image.new("RGBA", (12, 12), (200, 0, 0, 0)).save(content, "PNG")
+    np.testing.assert_array_equal(rgb_from_bytes(tf.constant(content.getvalue())), np.full((12, 12, 3), 255))
+
+
+def test_broken_pictures_never_end_in_a_traceback(tmp_path: Path) -> None:
+    """Bytes changed anywhere, in every format: read, or refused in one line."""
+    random = np.random.default_rng(0)
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for encoding in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
+        content = io.BytesIO()
+        image.save(content, encoding, exif=exif)
+        for _ in range(60):
+            broken = bytearray(content.getvalue())
+            for position in random.integers(0, min(len(broken), 400), 3):
+                broken[position] = random.integers(256)
+            (tmp_path / "a").write_bytes(broken)
+            pictures.is_gray(tmp_path / "a")
+            with contextlib.suppress(RequestError):
+                pictures.load(tmp_path / "a", 3)
+
+
+def test_evaluation_goes_by_the_names_of_classes(model_dir: Path, mnist, tmp_path: Path) -> None:
+    """The folders 3 and 7 alone are labels 0 and 1 there, and digits all the same."""
+    for split in ("train", "test"):
+        for digit in (3, 7):
+            for number, pixels in enumerate(mnist.test.images[mnist.test.labels == digit][:20, ..., 0]):
+                path = tmp_path / "data" / split / str(digit) / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    assert evaluate.evaluate(str(model_dir), str(tmp_path / "data"))["test_accuracy"] > 0.8
+    (tmp_path / "data" / "train" / "3").rename(tmp_path / "data" / "train" / "three")
+    (tmp_path / "data" / "test" / "3").rename(tmp_path / "data" / "test" / "three")
+    with pytest.raises(RequestError, match="has the class three, the model only 0, 1, 2"):
+        evaluate.evaluate(str(model_dir), str(tmp_path / "data"))

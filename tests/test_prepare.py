@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags
-from conftest import ROOT, write_dataset
+from conftest import ROOT, children_of, write_dataset
 from PIL import Image
 
 from trainer import cli, dataset, records, streaming
@@ -148,10 +148,14 @@ def test_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) ->
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    writers = [pid for pid, line in children_of(process.pid).items() if "spawn_main" in line]
+    assert len(writers) == 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    children = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(output).encode() in _read(path)]
-    assert not children
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in writers):
+        assert time.monotonic() < deadline, "a writer has outlived its parent"
+        time.sleep(0.02)
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*.tfrecord") if not path.name.startswith(".")}
     finished = {path: at for path, at in finished.items() if (output / ".prepare" / f"{path.stem}.json").exists()}
     assert 5 <= len(finished) < 47
@@ -159,13 +163,6 @@ def test_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     for path in whole.iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_finished_conversion_is_not_made_again_and_not_overwritten(tmp_path: Path) -> None:
@@ -238,17 +235,57 @@ def damaged_folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_damaged_pictures_are_listed_and_left_out_if_asked_for(tmp_path: Path) -> None:
+def test_damaged_pictures_are_all_listed_and_left_out_if_asked_for(tmp_path: Path) -> None:
     source, output = damaged_folder(tmp_path), tmp_path / "out"
-    arguments = (f"--input={source}", f"--output={output}", "--test_fraction=0.2")
-    assert str(source) in prepare(*arguments, code=2)
-    (tmp_path / "out2").mkdir()
-    printed = prepare(f"--input={source}", f"--output={tmp_path / 'out2'}", "--test_fraction=0.2", "--on_error=skip")
-    assert "left out:" in printed
-    assert len(content_of(tmp_path / "out2", "train")) + len(content_of(tmp_path / "out2", "test")) == 68
-    listed = " ".join(json.loads((tmp_path / "out2" / "dataset.json").read_text())["left_out"])
-    assert "bee/001.png" in listed
-    assert "cat/009.png" in listed
+    arguments = (f"--input={source}", f"--output={output}", "--test_fraction=0.2", "--num_shards=4")
+    message = prepare(*arguments, code=2)
+    assert "bee/001.png: no image" in message
+    assert f"and 1 more, see {output}/.prepare/damaged.txt" in message
+    assert "--on_error=skip" in message
+    assert "cat/009.png" in (output / ".prepare" / "damaged.txt").read_text()
+    assert not (output / "dataset.json").exists()
+    printed = prepare(*arguments, "--on_error=skip")
+    assert printed.count("left out:") == 2
+    assert len(content_of(output, "train")) + len(content_of(output, "test")) == 68
+    assert len(json.loads((output / "dataset.json").read_text())["left_out"]) == 2
+
+
+def test_mended_pictures_are_converted_with_the_rest_that_is_done(tmp_path: Path) -> None:
+    source, output = damaged_folder(tmp_path), tmp_path / "out"
+    arguments = (f"--input={source}", f"--output={output}", "--test_fraction=0.2", "--num_shards=8")
+    prepare(*arguments, code=2)
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tfrecord")}
+    for path, number in (("bee/001.png", 1), ("cat/009.png", 9)):
+        Image.fromarray(GRAY[number]).save(source / path)
+    prepare(*arguments)
+    assert len(content_of(output, "train")) + len(content_of(output, "test")) == 70
+    kept = [name for name, at in before.items() if (output / name).stat().st_mtime_ns == at]
+    assert len(kept) >= 6
+
+
+def test_picture_of_another_size_is_no_damage(tmp_path: Path) -> None:
+    write_folders(tmp_path / "in", GRAY, LABELS)
+    Image.fromarray(GRAY[0][:10]).save(tmp_path / "in" / "ant" / "odd.png")
+    arguments = (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2")
+    assert "odd.png: has 10x24 pixels" in prepare(*arguments, "--on_error=skip", code=2)
+
+
+def test_what_systems_leave_in_folders_is_no_data(tmp_path: Path) -> None:
+    write_folders(tmp_path / "in" / "train", GRAY[:50], LABELS[:50])
+    write_folders(tmp_path / "in" / "test", GRAY[50:], LABELS[50:])
+    for name in (".DS_Store", "train/.DS_Store", "train/ant/._000.png", "train/bee/.ipynb_checkpoints/001.png", "notes.txt"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7")
+    prepare(f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}")
+    assert len(content_of(tmp_path / "out", "train")) == 50
+
+
+def test_source_may_be_named_by_another_path_when_a_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folders(tmp_path / "in", GRAY, LABELS)
+    prepare(f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2")
+    monkeypatch.chdir(tmp_path)
+    prepare("--input=in", "--output=out", "--test_fraction=0.2")
 
 
 def wrong_npz(path: Path, **arrays: np.ndarray) -> Path:
@@ -277,10 +314,32 @@ WRONG = {
     "class without pictures": (
         lambda folder: (write_folders(folder / "in", GRAY, LABELS), (folder / "in" / "hen").mkdir(), folder / "in")[2],
         "hen: no pictures in it"),
+    "test folder without classes": (
+        lambda folder: (write_folders(folder / "in" / "train", GRAY, LABELS), (folder / "in" / "test").mkdir(),
+                        Image.fromarray(GRAY[0]).save(folder / "in" / "test" / "0.png"), folder / "in")[3], "have no labels"),
+    "test folder beside classes": (
+        lambda folder: (write_folders(folder / "in", GRAY, LABELS), write_folders(folder / "in" / "test", GRAY, LABELS),
+                        folder / "in")[2], "is it a test set or a class?"),
+    "array renamed to npz": (lambda folder: renamed_array(folder / "a.npz"), "no readable .npz"),
+    "npz with a changed byte": (lambda folder: changed_npz(folder / "a.npz"), "no readable .npz"),
     "test class that was never trained": (
         lambda folder: (write_folders(folder / "in" / "train", GRAY, LABELS % 3),
                         write_folders(folder / "in" / "test", GRAY, LABELS), folder / "in")[2], "no folder in the training set"),
 }  # fmt: skip
+
+
+def renamed_array(path: Path) -> Path:
+    with open(path, "wb") as file:
+        np.save(file, GRAY)
+    return path
+
+
+def changed_npz(path: Path) -> Path:
+    np.savez_compressed(path, x_train=GRAY, y_train=LABELS)
+    content = bytearray(path.read_bytes())
+    content[5000:5040] = bytes(40)
+    path.write_bytes(content)
+    return path
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -292,7 +351,7 @@ def write_text(path: Path, text: str) -> Path:
 def test_wrong_source_is_one_line_and_leaves_no_data_set(kind: str, tmp_path: Path) -> None:
     make, words = WRONG[kind]
     (tmp_path / "source").mkdir()
-    fraction = "0" if kind == "no test set" or kind.startswith("test class") else "0.2"
+    fraction = "0" if kind == "no test set" or kind.startswith("test ") else "0.2"
     source = make(tmp_path / "source")
     assert words in prepare(f"--input={source}", f"--output={tmp_path / 'out'}", f"--test_fraction={fraction}", code=2)
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -301,14 +360,14 @@ def test_wrong_source_is_one_line_and_leaves_no_data_set(kind: str, tmp_path: Pa
 WRONG_FLAGS = {
     "--input=/tmp": "--output must be given", "--output=/tmp/x": "--input must be given", "--source=tar": "should be one of",
     "--num_shards=0": "num_shards", "--channels=2": "--channels=2", "--image_size=3x": "--image_size=3x",
-    "--test_fraction=1": "test_fraction", "more": "unexpected argument",
+    "--output=gs://bucket/x": "only jobs read gs://", "--test_fraction=1": "test_fraction", "more": "unexpected argument",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", WRONG_FLAGS)
 def test_wrong_flag_is_one_line(flag: str, tmp_path: Path) -> None:
-    others = [] if flag.startswith(("--input", "--output")) else [f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
-    assert WRONG_FLAGS[flag] in prepare(flag, *others, code=2)
+    others = [] if flag in ("--input=/tmp", "--output=/tmp/x") else [f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
+    assert WRONG_FLAGS[flag] in prepare(*others, flag, code=2)
 
 
 def test_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Prepared data that is damaged: what is refused, in which words, and what is left when damage is to be skipped."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import random
@@ -36,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def write(folder: Path, encoding: str = "raw") -> Path:
     folder.mkdir()
     splits = {"train": Split(Images(PIXELS), LABELS), "test": Split(Images(PIXELS[:40]), LABELS[:40])}
-    collection = Collection(format="npz", splits=splits, class_names=("a", "b", "c", "d", "e"))
+    collection = Collection(format="npz", splits=splits, class_names=("a", "b", "c", "d", "e"), pictures="digits")
     request = Request(num_shards=SHARDS, encoding=encoding, image_size=None, test_fraction=0, seed=0, on_error="fail")
     convert(collection, folder, request, 1, lambda _: None)
     return folder
@@ -44,7 +46,21 @@ def write(folder: Path, encoding: str = "raw") -> Path:
 
 def load(folder: Path, **options: str) -> dataset.Dataset:
     config = from_preset("default", {"data_dir": str(folder), **options})
-    return loading.loaded(config, dataset.load_for(config))
+    found = loading.without_damage(config, dataset.load_for(config))
+    with loading.damage_told(found):
+        return dataclasses.replace(found, train=loading.resident(found.train, config), test=loading.resident(found.test, config))
+
+
+@pytest.fixture(autouse=True)
+def _verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process of its own for each look, whose start takes seconds; whole jobs show that, too."""
+
+    @contextlib.contextmanager
+    def pool(*_: object):
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            yield executor
+
+    monkeypatch.setattr(loading.children, "pool", pool)
 
 
 def offsets_in(path: Path) -> list[int]:
@@ -179,6 +195,33 @@ def test_missing_and_cut_shards_are_skipped_if_asked_for(damage: Callable, least
     found = load(folder, on_error="skip")
     assert least <= len(found.train) < NUM
     assert found.skipped == NUM - len(found.train)
+
+
+def test_shard_that_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    found = dataset.load(str(folder), on_error="skip")
+    # Root may read everything; a folder in the file's place cannot be read by anybody.
+    (folder / SHARD).unlink()
+    (folder / SHARD).mkdir()
+    for look in (lambda: streaming.verified(found.train), lambda: streaming.first_damage(found.train, lambda _: None)):
+        with pytest.raises(RequestError, match=f"{SHARD}: cannot be read"):
+            look()
+
+
+def test_shard_that_vanishes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    found = dataset.load(str(folder))
+    (folder / SHARD).unlink()
+    with pytest.raises(RequestError, match=f"{SHARD}: cannot be read"), loading.damage_told(found):
+        list(streaming.batches(found.train))
+
+
+def test_search_for_damage_says_that_it_goes_on_and_ends_with_the_first(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    flip(folder / SHARD, 200)
+    looked_at: list[str] = []
+    assert f"{SHARD}: a damaged record at byte" in str(streaming.first_damage(dataset.load(str(folder)).train, looked_at.append))
+    assert [line.split("/")[-1] for line in looked_at] == [SHARD.replace("00002", f"0000{number}") for number in range(3)]
 
 
 def test_nothing_left_is_refused(tmp_path: Path) -> None:

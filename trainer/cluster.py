@@ -67,6 +67,11 @@ def set_log_level(verbosity: int) -> None:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 
+def hide_gpus() -> None:
+    """Leaves the GPUs of this machine to others; before TensorFlow's import."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
 def main() -> int:
     """Prints the cluster as JSON; returns the exit code."""
     try:

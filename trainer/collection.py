@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +24,14 @@ class Source(Protocol):
     def take(self, indices: np.ndarray) -> "Source":
         """Some of the images, as a source of their own."""
 
+    def name(self, index: int) -> str:
+        """What to call one in a message."""
+
     def identity(self) -> str:
         """Tells the same images again."""
+
+    def listing(self) -> str:
+        """Tells the same list of images again, whatever is in them now."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,15 +51,31 @@ class Images:
         """Some of the images."""
         return Images(self.pixels[indices])
 
+    def name(self, index: int) -> str:
+        """What to call one in a message."""
+        return f"image {index}"
+
     def identity(self) -> str:
         """Tells the same images again."""
-        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.pixels).data).hexdigest()
+
+    def listing(self) -> str:
+        """As `identity`: what is in memory does not change."""
+        return self.identity()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Files:
-    """N picture files, read when they are asked for."""
+    """N picture files, read when they are asked for.
 
+    Attributes:
+        root: the data set's folder.
+        paths: of the files.
+        channels: 1 or 3, of every image.
+        strict: whether colour in a file is refused where one channel is taken.
+    """
+
+    root: Path
     paths: Sequence[Path]
     channels: int
     strict: bool
@@ -78,12 +101,23 @@ class Files:
         """Some of the files."""
         return dataclasses.replace(self, paths=[self.paths[index] for index in indices])
 
+    def name(self, index: int) -> str:
+        """What to call one in a message."""
+        return str(self.paths[index])
+
     def identity(self) -> str:
-        """Tells the same files again, by path, size and time of change."""
-        digest = hashlib.sha256(str(self.channels).encode())
+        """Tells the same files again, by path in the data set, size and time of change."""
+        digest = hashlib.sha256(self.listing().encode())
         for path in self.paths:
             found = path.stat() if path.exists() else None
-            digest.update(f"{path}\0{found.st_size if found else 0}\0{found.st_mtime_ns if found else 0}\0".encode())
+            digest.update(f"{found.st_size if found else 0} {found.st_mtime_ns if found else 0}\0".encode())
+        return digest.hexdigest()
+
+    def listing(self) -> str:
+        """Tells the same list of files again, by path in the data set."""
+        digest = hashlib.sha256(str(self.channels).encode())
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.relpath(path, self.root)) + b"\0")
         return digest.hexdigest()
 
 
@@ -110,14 +144,10 @@ class Collection:
         format: "idx", "npz", "images" or "csv".
         splits: "train" and, if there is one, "test".
         class_names: by label.
+        pictures: what the images show, "digits" or "photos", as in `dataset.Dataset`.
     """
 
     format: str
     splits: dict[str, Split]
     class_names: tuple[str, ...]
-
-    @property
-    def pictures(self) -> str:
-        """What the images show, as in `dataset.Dataset`: MNIST's family comes as IDX files, or arrays of keras.datasets."""
-        images = self.splits["train"].images
-        return "digits" if isinstance(images, Images) and images.pixels.shape[3] == 1 else "photos"
+    pictures: str

@@ -9,28 +9,26 @@ A conversion that was stopped goes on when it is asked for again.
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
+import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer import cli, records, storage
+from trainer import children, cli, records, storage
 from trainer.collection import Collection
 from trainer.errors import RequestError, Stopped
 from trainer.shards import Request, Shard, write_records
 
 _NOTES = ".prepare"
 _SHAPE_OF_FIRST = 1000
-_PR_SET_PDEATHSIG = 1
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -89,14 +87,17 @@ def convert(
         The content of dataset.json.
 
     Raises:
-        RequestError: the folder holds something else, or a source file is damaged and `on_error` is "fail".
+        RequestError: the folder holds something else, or source files are damaged and `on_error` is "fail".
         Stopped: the disk is full; what is finished stays.
     """
     fingerprint = _fingerprint(collection, request)
+    # Shards whose files have changed are written again; a data set whose files have changed is another one.
+    identity = hashlib.sha256("".join(split.images.identity() for split in collection.splits.values()).encode()).hexdigest()
     if records.is_prepared(str(output)):
         found = records.describe(str(output)).content
-        if found["fingerprint"] != fingerprint:
+        if (found["fingerprint"], found["source_sha256"]) != (fingerprint, identity):
             raise RequestError(f"--output={output}: holds another data set already: give another folder, or remove it")
+        shutil.rmtree(output / _NOTES, ignore_errors=True)
         return found
     shape = _first_shape(collection, request)
     _begin(output, fingerprint)
@@ -107,31 +108,43 @@ def convert(
         for shard, note in write(shards):
             notes[shard.name] = note
             done(len(shard.indices))
+        if request.on_error == "fail":
+            _refuse_damage([error for note in notes.values() for error in note["errors"]], output)
         content = _description(collection, shape, shards, notes, output)
-        content |= {"encoding": request.encoding, "fingerprint": fingerprint}
+        content |= {"encoding": request.encoding, "fingerprint": fingerprint, "source_sha256": identity}
         storage.write_json(output / records.DESCRIPTION, content)
     shutil.rmtree(output / _NOTES)
     return content
 
 
 def _fingerprint(collection: Collection, request: Request) -> str:
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(request)).encode())
-    digest.update("\0".join(collection.class_names).encode())
+    """Of what is asked for. What to do about damage is not a part of it: a refused conversion goes on without."""
+    asked = {**dataclasses.asdict(request), "on_error": None, "pictures": collection.pictures}
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    digest.update(os.fsencode("\0".join(collection.class_names)))
     for name, split in sorted(collection.splits.items()):
-        digest.update(f"{name} {split.images.identity()}".encode())
-        digest.update(split.labels.tobytes())
+        digest.update(f"{name} {split.images.listing()}".encode())
+        digest.update(np.ascontiguousarray(split.labels).data)
     return digest.hexdigest()
+
+
+def _refuse_damage(errors: list[str], output: Path) -> None:
+    """Ends a conversion some of whose pictures cannot be read; all of them are listed in a file."""
+    if not errors:
+        return
+    listed = output / _NOTES / "damaged.txt"
+    listed.write_text("".join(f"{error}\n" for error in sorted(errors)), errors="surrogateescape")
+    more = f", and {len(errors) - 1} more, see {listed}" if len(errors) > 1 else ""
+    raise RequestError(f"{min(errors)}{more}: mend it, or leave damaged pictures out with --on_error=skip")
 
 
 def _first_shape(collection: Collection, request: Request) -> tuple[int, int, int]:
     """The shape of the first image that can be read; others are held against it."""
-    images = collection.splits["train"].images
+    images, image = collection.splits["train"].images, None
     for image in images.read(range(min(len(images), _SHAPE_OF_FIRST))):
         if isinstance(image, np.ndarray):
             return (*(request.image_size or image.shape[:2]), image.shape[2])
-        if request.on_error == "fail":
-            raise image
-    raise RequestError(f"not one of the first {_SHAPE_OF_FIRST} pictures can be read")
+    raise RequestError(f"not one of the first {_SHAPE_OF_FIRST} pictures can be read: {image}")
 
 
 def _begin(output: Path, fingerprint: str) -> None:
@@ -171,32 +184,25 @@ _state: _State | None = None
 def _writers(num_processes: int, state: _State) -> Iterator[Callable[[list[Shard]], Iterator[tuple[Shard, dict[str, Any]]]]]:
     """A function that writes shards and gives each with what it holds, as they get finished."""
     if num_processes == 1:
-        _start(state, ours=True)
+        _start(state)
         yield lambda shards: ((shard, _write(shard)) for shard in shards)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(num_processes, context, _start, (state,))
-
-    def write(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
-        futures = {pool.submit(_write, shard): shard for shard in shards}
-        for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
-
     try:
-        yield write
-    except concurrent.futures.process.BrokenProcessPool as error:
+        with children.pool(num_processes, _start, state) as pool:
+
+            def write(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+                futures = {pool.submit(_write, shard): shard for shard in shards}
+                for future in concurrent.futures.as_completed(futures):
+                    yield futures[future], future.result()
+
+            yield write
+    except BrokenProcessPool as error:
         raise Stopped("a process that wrote shards was killed, perhaps for want of memory: run the same command again") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _start(state: _State, *, ours: bool = False) -> None:
+def _start(state: _State) -> None:
     global _state
     _state = state
-    if not ours:
-        # Ctrl-C is the first process's to answer, and none outlives it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _write(shard: Shard) -> dict[str, Any]:
@@ -204,14 +210,15 @@ def _write(shard: Shard) -> dict[str, Any]:
     assert _state is not None
     collection, output, request, shape = _state
     path, note_path = output / f"{shard.name}.tfrecord", output / _NOTES / f"{shard.name}.json"
+    source = collection.splits[shard.split].images.take(shard.indices).identity()
     note = storage.read_json(note_path)
-    if note and path.is_file() and path.stat().st_size == note["bytes"]:
+    if note and note["source_sha256"] == source and path.is_file() and path.stat().st_size == note["bytes"]:
         return note
     # Here, as those who look at a data set need not wait for it.
     with cli.quiet_start():
         import tensorflow as tf
 
-    note = {}
+    note = {"source_sha256": source}
     with storage.stop_when_full(path.name, _goes_on, tf.errors.OpError):
         storage.write_file(path, lambda partial: note.update(write_records(partial, shard, collection, request, shape)))
         storage.write_json(note_path, note)
@@ -257,8 +264,8 @@ def _description(
         "mean": mean.tolist(),
         "std": np.sqrt(np.maximum(variance, 0)).tolist(),
         "splits": splits,
-        "left_out": [error for note in notes.values() for error in note["errors"]],
-        "sha256": hashlib.sha256((hashes + "\0".join(collection.class_names)).encode()).hexdigest(),
+        "left_out": [error for shard in shards for error in notes[shard.name]["errors"]],
+        "sha256": hashlib.sha256(hashes.encode() + os.fsencode("\0".join(collection.class_names))).hexdigest(),
     }
 
 

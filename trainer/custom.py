@@ -37,6 +37,10 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     finally:
         keras.config.set_dtype_policy(before)
     _check(config.model, model, input_shape, num_classes)
+    try:
+        model.get_config()
+    except Exception as error:  # Before training, not when model.keras is written after it.
+        raise RequestError(f"--model={config.model}: cannot be saved: {_what_happened(error)}") from error
     if {id(variable) for variable in model.variables} & {id(variable) for variable in again.variables}:
         raise RequestError(
             f"--model={config.model}: gives the same variables each time it is called: make all layers inside of the function"
@@ -65,7 +69,8 @@ def _find(name: str) -> _Function:
         raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise RequestError(f"--model={name}: {module.__file__} has no function {function_name}")
+        place = getattr(module, "__file__", None) or module_name
+        raise RequestError(f"--model={name}: {place} has no function {function_name}")
     return function
 
 

@@ -48,8 +48,8 @@ class Examples:
     def sha256(self) -> str:
         """Hash of all values, to know the same data again."""
         digest = hashlib.sha256(str(self.images.shape).encode())
-        digest.update(self.images.tobytes())
-        digest.update(self.labels.tobytes())
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 
@@ -157,7 +157,7 @@ def _load_collection(data_dir: str, image_size: tuple[int, int] | None) -> _Foun
         collection = formats.collect("auto", Path(data_dir))
     else:
         splits = {split: formats.idx_split(EMBEDDED, split, _EMBEDDED_SHA256) for split in formats.IDX_FILES}
-        collection = Collection(format="idx", splits=splits, class_names=formats.numbered(splits))
+        collection = Collection(format="idx", splits=splits, class_names=formats.numbered(splits), pictures="digits")
     if "test" not in collection.splits:
         raise RequestError(
             f"{data_dir}: has a training set only; add a test set, or let trainer.prepare --test_fraction=0.1 split one off"

@@ -108,8 +108,10 @@ def _look_at_records(config: Config, data: dataset.Dataset) -> tuple[str, datase
     from trainer import loading
     from trainer.records import Records
 
-    found = loading.loaded(config, data)
-    share = "reads its share of the shards" if isinstance(found.train, Records) else "holds all examples in memory"
+    found = loading.without_damage(config, data)
+    with loading.damage_told(found):
+        part = loading.resident(found.train, config, train=True)
+    share = "reads its share of the shards" if isinstance(part, Records) else "holds all examples in memory"
     return f"every worker {share}; {found.skipped} damaged examples are left out", found
 
 

@@ -30,28 +30,29 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     with cli.quiet_start():
         import tensorflow as tf
 
-        from trainer import exported
+        from trainer import exported, loading
 
         model = exported.load(model_dir)
     height, width, channels = model.input_shape
     data = dataset.load(data_dir, image_size=(height, width))
-    examples = data.test
     if data.image_shape != model.input_shape:
         raise RequestError(f"--data_dir={data_dir}: images of {data.image_shape[2]} channels, the model takes {channels}")
-    if data.num_classes > len(model.class_names):
+    if unknown := [name for name in data.class_names if name not in model.class_names]:
         raise RequestError(
-            f"--data_dir={data_dir}: has the label {data.num_classes - 1}, the model {len(model.class_names)} classes"
+            f"--data_dir={data_dir}: has the class {unknown[0]}, the model only {', '.join(model.class_names)[:200]}"
         )
+    labels_of = np.array([model.class_names.index(name) for name in data.class_names])
     predicted, known = [], []
-    for images, labels in _batches(examples):
-        predicted.append(model.signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy())
-        known.append(labels)
+    with loading.damage_told(data):
+        for images, labels in _batches(data.test):
+            predicted.append(model.signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy())
+            known.append(labels_of[labels])
     probabilities, labels = np.concatenate(predicted).astype(np.float64), np.concatenate(known)
-    of_label = probabilities[np.arange(len(examples)), labels]
+    of_label = probabilities[np.arange(len(labels)), labels]
     return {
         "test_accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
         "test_loss": float(-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
-        "test_examples": len(examples),
+        "test_examples": len(labels),
     }
 
 

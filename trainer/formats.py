@@ -4,7 +4,6 @@ Each is told by what is there, checked, and listed as a `Collection`.
 """
 
 import csv
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +56,8 @@ def collect(source: str, path: Path, channels: int = 0) -> Collection:
     source = recognise(path) if source == "auto" else source
     if not path.exists():
         raise RequestError(f"{path}: there is no such file or folder")
+    if channels and source in ("idx", "npz"):
+        raise RequestError(f"--channels: {path} holds arrays, whose channels are what they are; leave the flag out")
     readers: dict[str, Callable[[], Collection]] = {
         "idx": lambda: _from_idx(path),
         "npz": lambda: _from_npz(path),
@@ -90,7 +91,14 @@ def _from_idx(folder: Path) -> Collection:
     if not folder.is_dir():
         raise RequestError(f"{folder}: not a folder; give the one with the four IDX files")
     splits = {split: idx_split(folder, split) for split in IDX_FILES}
-    return Collection(format="idx", splits=splits, class_names=numbered(splits))
+    return _of_arrays("idx", splits)
+
+
+def _of_arrays(source: str, splits: dict[str, Split]) -> Collection:
+    images = splits["train"].images
+    # MNIST's family comes like this.
+    kind = "digits" if isinstance(images, Images) and images.pixels.shape[3] == 1 else "photos"
+    return Collection(format=source, splits=splits, class_names=numbered(splits), pictures=kind)
 
 
 def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
@@ -103,8 +111,9 @@ def _from_npz(path: Path) -> Collection:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path}: no readable .npz file: {str(error).splitlines()[0][:150]}") from error
+    except Exception as error:  # NumPy, zipfile and zlib have many words for a damaged file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise RequestError(f"{path}: no readable .npz file: {reason}") from error
     splits = {}
     for split in ("train", "test"):
         if f"x_{split}" in arrays:
@@ -116,7 +125,7 @@ def _from_npz(path: Path) -> Collection:
             f"{path}: no x_train in it, but {', '.join(sorted(arrays)) or 'nothing'}; expected x_train, y_train, x_test and "
             "y_test, as keras.datasets has them"
         )
-    return Collection(format="npz", splits=splits, class_names=numbered(splits))
+    return _of_arrays("npz", splits)
 
 
 def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> Split:
@@ -136,23 +145,39 @@ def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -
 def _from_folders(folder: Path, channels: int) -> Collection:
     if not folder.is_dir():
         raise RequestError(f"{folder}: not a folder; give the one that holds a folder for each class")
-    train, test = folder / "train", next((folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()), None)
-    roots = {"train": train} if train.is_dir() else {"train": folder}
-    if train.is_dir() and test:
-        roots["test"] = test
-    class_names = sorted(path.name for path in roots["train"].iterdir() if path.is_dir() and not path.name.startswith("."))
+    train, tests = folder / "train", [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+    # A class may be called "train", too: then there are pictures in it, and no classes.
+    roots = {"train": train if train.is_dir() and _folders(train) else folder}
+    if roots["train"] == folder and tests:
+        raise RequestError(f"{tests[0]}: is it a test set or a class? Put the folders of the training set's classes into {train}")
+    if tests and roots["train"] == train:
+        roots["test"] = tests[0]
+        if not _folders(tests[0]):
+            raise RequestError(f"{tests[0]}: has no folder for each class, so its pictures have no labels; move it elsewhere")
+    class_names = _folders(roots["train"])
     listed = {split: _list_classes(root, class_names) for split, root in roots.items()}
-    return _of_files("images", listed, class_names, channels)
+    return _of_files("images", folder, listed, class_names, channels)
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, but for hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    """Whether the system or a tool has left it there: .DS_Store, ._1.png, .ipynb_checkpoints."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
     known = set(class_names)
-    others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in known and path.name[0] != ".")
+    others = [name for name in _folders(root) if name not in known]
     if others:
         raise RequestError(f"{root / others[0]}: a class that has no folder in the training set")
     found = []
     for name in class_names:
-        paths = sorted(path for path in (root / name).glob("**/*") if path.suffix.lower() in pictures.SUFFIXES and path.is_file())
+        found_here = (path for path in (root / name).glob("**/*") if path.suffix.lower() in pictures.SUFFIXES)
+        paths = sorted(path for path in found_here if path.is_file() and not _is_hidden(path, root))
         if not paths and root.joinpath(name).is_dir():
             raise RequestError(f"{root / name}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
         found += [(path, name) for path in paths]
@@ -177,7 +202,7 @@ def _from_csv(path: Path, channels: int) -> Collection:
     for file, name in listed.get("test", []):
         if name not in names:
             raise RequestError(f"{file}: its label {name!r} does not occur in the training set")
-    return _of_files("csv", listed, class_names, channels)
+    return _of_files("csv", path if path.is_dir() else path.parent, listed, class_names, channels)
 
 
 def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
@@ -197,20 +222,24 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
     return rows
 
 
-def _of_files(source: str, listed: dict[str, list[tuple[Path, str]]], class_names: list[str], channels: int) -> Collection:
+def _of_files(
+    source: str, root: Path, listed: dict[str, list[tuple[Path, str]]], class_names: list[str], channels: int
+) -> Collection:
     train = [path for path, _ in listed["train"]]
     if not train:
         raise RequestError("no pictures found in the training set")
     looked_at = train[:: max(1, len(train) // _LOOKED_AT)]
     strict, channels = not channels, channels or pictures.channels_of(looked_at)
+    if wrong := [name for name in class_names if not name.isprintable()]:
+        raise RequestError(f"{root}: the class {wrong[0]!r} has a name that is no text; rename it")
     labels = {name: label for label, name in enumerate(class_names)}
     splits = {
         split: Split(
-            Files([path for path, _ in found], channels, strict), np.array([labels[name] for _, name in found], np.int64)
+            Files(root, [path for path, _ in found], channels, strict), np.array([labels[name] for _, name in found], np.int64)
         )
         for split, found in listed.items()
     }
-    return Collection(format=source, splits=splits, class_names=tuple(class_names))
+    return Collection(format=source, splits=splits, class_names=tuple(class_names), pictures="photos")
 
 
 def _one_of(folder: Path, suffix: str) -> Path | None:

@@ -37,9 +37,13 @@ def rgb_from_bytes(content: tf.Tensor) -> tf.Tensor:
     Returns:
         float32 [H, W, 3] in [0, 255]; what is transparent becomes white, and gray is repeated.
     """
-    pixels = tf.cast(tf.io.decode_image(content, channels=4, expand_animations=False), tf.float32)
-    alpha = pixels[..., 3:] / 255
-    return pixels[..., :3] * alpha + 255 * (1 - alpha)
+    # Not `channels=4`, which JPEG and GIF refuse.
+    pixels = tf.cast(tf.io.decode_image(content, channels=0, expand_animations=False), tf.float32)
+    channels = tf.shape(pixels)[-1]
+    has_alpha = tf.logical_or(tf.equal(channels, 2), tf.equal(channels, 4))
+    alpha = tf.where(has_alpha, pixels[..., -1:], 255.0) / 255
+    rgb = tf.cond(channels >= 3, lambda: pixels[..., :3], lambda: tf.repeat(pixels[..., :1], 3, axis=-1))
+    return rgb * alpha + 255 * (1 - alpha)
 
 
 def scaled(pixels: tf.Tensor, height: int, width: int) -> tf.Tensor:

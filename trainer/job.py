@@ -58,7 +58,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     configure_tensorflow(config)
     if config.data_service:
         service.check(config.data_service, config.rendezvous_timeout)
-    dataset = loading.loaded(config, dataset)
+    dataset = loading.without_damage(config, dataset)
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
     if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
@@ -73,7 +73,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     with (
         preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch),
         _peers_can_be_lost(watch),
-        loading.damage_told(dataset),
+        loading.damage_told(dataset, watch.feed),
         service.loss_told(config.data_service),
     ):
         if watch.peers:
@@ -81,7 +81,12 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
         topology = make_topology(config, layout, cluster)
         if topology.is_chief:
             claim.write(model_dir, config, dataset.sha256, restarts, topology)
-        examples = (train_set, validation_set, dataset.test)
+        watch.feed("reading the data", compiles=True)
+        examples = (
+            loading.resident(train_set, config, train=True),
+            loading.resident(validation_set, config) if validation_set else None,
+            loading.resident(dataset.test, config),
+        )
         result = _train(config, plan, dataset, examples, topology, cluster, restarts, stop, watch)
         # Whoever has exited could not be asked again if the chief, say, found the disk full.
         watch.feed("waiting for the others to finish")

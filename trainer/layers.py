@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from trainer.randomness import uniform
 
+_log = logging.getLogger("digitfleet")
 # Replicas are traced in threads of their own.
 _replica = threading.local()
 # Of random numbers: the first layer's, and those of further ones; augmentation has 1 and 3.
@@ -42,6 +44,8 @@ def drop_by_position(model: keras.Model, seed: int) -> None:
     for layer in model._flatten_layers():
         if type(layer) is keras.layers.Dropout and layer.rate and layer.noise_shape is None:
             layer.call = functools.partial(_drop, layer.rate, seed, next(streams))
+        elif isinstance(getattr(layer, "seed_generator", None), keras.random.SeedGenerator):
+            _log.warning("note: layer %s draws numbers of its own: another topology trains another model", layer.name)
 
 
 def _drop(rate: float, seed: int, stream: int, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:

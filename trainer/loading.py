@@ -5,74 +5,99 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from trainer import streaming
+from trainer import children, streaming
 from trainer.config import Config
-from trainer.dataset import MEMORY_BYTES, Dataset, Examples
+from trainer.dataset import MEMORY_BYTES, Dataset, Examples, Part
 from trainer.errors import RequestError
 from trainer.records import Records
 
 _log = logging.getLogger("digitfleet")
-_DAMAGE = (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError)
+# What a damaged, changed or missing file of records shows as. By way of tf.data service, damage is "unknown".
+_DAMAGE = (
+    tf.errors.DataLossError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.UnknownError,
+)
 
 
-def loaded(config: Config, dataset: Dataset) -> Dataset:
-    """Takes damaged records out, if they are to be skipped, and reads into memory what is to be there.
+def without_damage(config: Config, dataset: Dataset) -> Dataset:
+    """Takes damaged records out, if `--on_error=skip` asks for it, and says which.
+
+    All shards are read once, in another process: TensorFlow must not have started in this one when its devices are chosen.
 
     Raises:
-        RequestError: a record is damaged, or none is left.
+        RequestError: a shard cannot be read at all, or nothing is left.
     """
-    parts, skipped, digest = {}, 0, hashlib.sha256(dataset.sha256.encode())
-    with damage_told(dataset):
-        for name in ("train", "test"):
-            part = getattr(dataset, name)
-            if isinstance(part, Records):
-                if config.on_error == "skip":
-                    part = _without_damage(part)
-                skipped += part.skipped
-                digest.update(part.segments.tobytes())
-                # Data workers read what is in files.
-                part = _in_memory(part, "stream" if config.data_service and name == "train" else config.input_pipeline)
-            elif config.data_service:
-                raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
-            parts[name] = part
+    parts = {name: getattr(dataset, name) for name in ("train", "test")}
+    if config.data_service and not all(isinstance(part, Records) for part in parts.values()):
+        raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
+    if config.on_error == "skip":
+        with children.pool(1, _nothing) as pool:
+            found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
+        for _, problems in found.values():
+            for problem in problems:
+                _log.warning("left out: %s", problem)
+        parts = {name: part for name, (part, _) in found.items()}
+    records = [part for part in parts.values() if isinstance(part, Records)]
+    skipped = sum(part.skipped for part in records)
+    if not skipped:
+        return dataset
     # What is left of damaged data is other data: no run goes on with it, nor a worker that has found it whole.
-    sha256 = digest.hexdigest() if skipped else dataset.sha256
-    return dataclasses.replace(dataset, **parts, skipped=skipped, sha256=sha256)
+    digest = hashlib.sha256(dataset.sha256.encode())
+    for part in records:
+        digest.update(part.segments.tobytes())
+    description = f"{dataset.description}; {skipped} damaged ones are left out"
+    return dataclasses.replace(dataset, **parts, skipped=skipped, sha256=digest.hexdigest(), description=description)
 
 
-def _without_damage(records: Records) -> Records:
-    left, problems = streaming.verified(records)
-    for problem in problems:
-        _log.warning("left out: %s", problem)
-    return left
+def _nothing() -> None:
+    pass
 
 
-def _in_memory(records: Records, where: str) -> Examples | Records:
-    """The records as `--input_pipeline` asks for them: "memory", "stream", or "auto" by the size of their pixels."""
-    size = len(records) * math.prod(records.image_shape)
-    if where == "stream" or (where == "auto" and size > MEMORY_BYTES):
-        return records
-    images, labels = zip(*streaming.batches(records), strict=True)
-    return Examples(np.concatenate(images), np.concatenate(labels))
+def resident(part: Part, config: Config, *, train: bool = False) -> Part:
+    """The examples as `--input_pipeline` asks for them: "memory", "stream", or "auto" by the size of their pixels.
+
+    Args:
+        part: a set of examples, split already: a job may have less in memory than there is in the files.
+        config: says where they are to be.
+        train: whether they are trained on, so that data workers may be asked for them.
+    """
+    size = len(part) * math.prod(part.image_shape)
+    stream = config.input_pipeline == "stream" or (train and bool(config.data_service))
+    if isinstance(part, Examples) or stream or (config.input_pipeline == "auto" and size > MEMORY_BYTES):
+        return part
+    images, labels = np.empty((len(part), *part.image_shape), np.uint8), np.empty(len(part), np.int32)
+    first = 0
+    for batch, batch_labels in streaming.batches(part):
+        images[first : first + len(batch)], labels[first : first + len(batch)] = batch, batch_labels
+        first += len(batch)
+    return Examples(images, labels)
 
 
 @contextlib.contextmanager
-def damage_told(dataset: Dataset) -> Iterator[None]:
+def damage_told(dataset: Dataset, feed: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Tells where a damaged record is: TensorFlow names its offset, and not the file.
 
+    Args:
+        dataset: what is read within.
+        feed: is told now and then that the search goes on.
+
     Raises:
-        RequestError: a record is damaged.
+        RequestError: a record is damaged, or a shard is gone.
     """
     try:
         yield
     except _DAMAGE:
         for part in (dataset.train, dataset.test):
-            problems = streaming.verified(part)[1] if isinstance(part, Records) else []
-            if problems:
-                raise RequestError(f"{problems[0]}: copy the file again, or go on without it: --on_error=skip") from None
+            if isinstance(part, Records) and (problem := streaming.first_damage(part, feed)):
+                raise RequestError(
+                    f"{problem}: copy the file again, or start a new run without what is damaged: --on_error=skip"
+                ) from None
         raise

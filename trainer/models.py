@@ -76,7 +76,8 @@ def _build(
     x = flatten(dtype=dtype)(x)
     x = keras.layers.Dense(_DENSE_UNITS, activation=config.activation, dtype=dtype)(x)
     if training and config.dropout_rate:
-        x = keras.layers.Dropout(config.dropout_rate, dtype=dtype)(x)
+        # A seed that is not used: Keras would otherwise draw one, and the weights made after it would be others.
+        x = keras.layers.Dropout(config.dropout_rate, seed=0, dtype=dtype)(x)
     # Logits in full precision: softmax and loss of 16-bit logits lose accuracy.
     logits = keras.layers.Dense(num_classes, dtype="float64" if dtype == "float64" else "float32", name="logits")(x)
     return keras.Model(images, logits, name=config.model)

@@ -32,6 +32,7 @@ def load(path: Path, channels: int) -> Image.Image:
         if size > _MAX_BYTES:
             raise RequestError(f"{path}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on what it can read in spite of it.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _convert(image, path, "L" if channels == 1 else "RGB")
@@ -41,7 +42,9 @@ def load(path: Path, channels: int) -> Image.Image:
         raise RequestError(f"{path}: no image: expected PNG or JPEG") from error
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError) as error:  # What Pillow raises for some damaged files.
+    except RequestError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over: struct.error, ValueError, SyntaxError, ...
         raise RequestError(f"{path}: damaged image: {error}") from error
 
 
@@ -63,9 +66,11 @@ def _convert(image: Image.Image, path: Path, mode: str) -> Image.Image:
 def is_gray(path: Path) -> bool:
     """Whether a file says that it holds no colour; one that cannot be read says nothing against it."""
     try:
-        with Image.open(path) as image:
-            return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-    except (OSError, ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+    except Exception:  # As in `load`, which will say so.
         return True
 
 

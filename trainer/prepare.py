@@ -4,6 +4,7 @@ What it writes is described in `records.py`; `python -m trainer.task --data_dir 
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -36,7 +38,7 @@ def prepare(source: str, path: Path, channels: int, num_examples: int, request: 
         RequestError: it is not there, damaged, or does not fit together.
     """
     if source == "synthetic":
-        collection = formats.collect("auto", path)
+        collection = formats.collect("auto", path, channels)
         collection = synthetic.deformed(collection, num_examples, request.seed)
     else:
         if num_examples:
@@ -78,6 +80,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_shards", 16, "Files of the training set; the test set gets files of about their size.", 1, **own)
     flags.DEFINE_enum("encoding", "raw", ("raw", "png"), "raw: pixels, quick to read. png: smaller, any sizes.", **own)
     flags.DEFINE_string("image_size", "", "HEIGHTxWIDTH, or one number: images are scaled to it. Empty: their own size.", **own)
+    flags.DEFINE_enum(
+        "pictures", "auto", ("auto", "digits", "photos"),
+        "What trainer.predict does with other pictures. digits: finds the one digit, makes it light on dark, centred. photos: "
+        "only scales. auto: digits for gray IDX and npz data.", **own,
+    )  # fmt: skip
     flags.DEFINE_integer("channels", 0, "1 for gray, 3 for colour. 0: by a look at some of the pictures.", 0, 3, **own)
     flags.DEFINE_float(
         "test_fraction", 0.0, "Share of the training set that becomes the test set, where there is none.", 0, 0.9, **own
@@ -95,6 +102,11 @@ def main(positional: list[str]) -> None:
         raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if not values.output or (not values.input and values.source != "synthetic"):
         raise RequestError(f"--{'input' if values.output else 'output'} must be given: see --helpfull")
+    for flag in ("input", "output"):
+        if "://" in (getattr(values, flag) or ""):
+            raise RequestError(
+                f"--{flag}={getattr(values, flag)}: mount it, or copy what is written: only jobs read gs:// directly"
+            )
     if values.channels == 2:
         raise RequestError("--channels=2: expected 1, 3, or 0 to find out")
     if values.source == "synthetic" and not values.num_examples:
@@ -109,16 +121,19 @@ def main(positional: list[str]) -> None:
     )
     source = Path(values.input or dataset.EMBEDDED)
     collection = prepare(values.source, source, values.channels, values.num_examples, request)
+    if values.pictures != "auto":
+        collection = dataclasses.replace(collection, pictures=values.pictures)
     output = Path(values.output)
-    if output.resolve() == source.resolve():
-        raise RequestError("--output is --input: give another folder")
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise RequestError(f"--output={output} is within --input={source}: give another folder")
     storage.prepare_folder(output, "--output")
     console = Console()
     with storage.exclusive(output, needed=True, flag="--output"):
         total = sum(len(split) for split in collection.splits.values())
         with _progress(console, total) as done:
             content = convert(collection, output, request, values.num_processes or len(os.sched_getaffinity(0)), done)
-        contact_sheet(collection, output / "examples.png")
+        with storage.stop_when_full("examples.png", lambda: "the data set is complete"):
+            contact_sheet(collection, output / "examples.png")
     _show(console, content, output)
 
 
@@ -136,7 +151,7 @@ def _show(console: Console, content: dict[str, Any], output: Path) -> None:
     total = max(1, sum(content["splits"]["train"]["class_counts"]))
     counts = list(zip(*(split["class_counts"] for split in content["splits"].values()), strict=True))
     for name, row in list(zip(content["class_names"], counts, strict=True))[:_TABLE_ROWS]:
-        table.add_row(name, *map(str, row), f"{row[0] / total:.1%}")
+        table.add_row(escape(name), *map(str, row), f"{row[0] / total:.1%}")
     if len(counts) > _TABLE_ROWS:
         table.add_row(f"and {len(counts) - _TABLE_ROWS} more")
     console.print(table)

@@ -164,8 +164,11 @@ def describe(folder: str) -> Description:
         RequestError: it cannot be read, or is of another version.
     """
     path = join(folder, DESCRIPTION)
+    written = read_bytes(path)
+    if written is None:
+        raise RequestError(f"{path}: is not there; trainer.prepare writes it, last of all")
     try:
-        content = json.loads((read_bytes(path) or b"").decode())
+        content = json.loads(written.decode())
         version = content["format_version"]
         if version == FORMAT_VERSION:
             _ = [content[key] for key in ("splits", "class_names", "pictures", "sha256", "image_shape", "channels", "encoding")]

@@ -56,7 +56,7 @@ def write_records(
         have that shape, sums and squares of each channel's pixels with num_pixels, and errors: what was left out.
 
     Raises:
-        RequestError: a source file is damaged and `on_error` is "fail".
+        RequestError: an image has another size than it must have.
     """
     import tensorflow as tf
 
@@ -68,14 +68,13 @@ def write_records(
     offset = 0
     same_shape = True
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for label, image in zip(split.labels[shard.indices], split.images.read(shard.indices), strict=True):
-            image = _fitted(image, request, shape)
+        for index, image in zip(shard.indices, split.images.read(shard.indices), strict=True):
             if isinstance(image, RequestError):
-                if request.on_error == "fail":
-                    raise image
                 errors.append(str(image))
                 continue
-            record = _serialized(_encoded(image, request.encoding), int(label))
+            label = int(split.labels[index])
+            image = _fitted(image, request, shape, split.images.name(index))
+            record = _serialized(_encoded(image, request.encoding), label)
             writer.write(record)
             if not segments or segments[-1][1] == SEGMENT_RECORDS or offset - segments[-1][0] >= SEGMENT_BYTES:
                 segments.append([offset, 0])
@@ -100,16 +99,14 @@ def write_records(
     }
 
 
-def _fitted(image: np.ndarray | RequestError, request: Request, shape: tuple[int, int, int]) -> np.ndarray | RequestError:
-    """The image as it is to be stored, or why it cannot be."""
-    if isinstance(image, RequestError):
-        return image
+def _fitted(image: np.ndarray, request: Request, shape: tuple[int, int, int], name: str) -> np.ndarray:
+    """The image as it is to be stored. It is not damaged: if it does not fit, that is no case for `on_error`."""
     if request.image_size:
         return pictures.resize(image, request.image_size)
     if request.encoding == "raw" and image.shape != shape:
         found, first = ("x".join(str(side) for side in one[:2]) for one in (image.shape, shape))
-        return RequestError(
-            f"an image has {found} pixels, the first one {first}: give --image_size, or --encoding=png to keep their sizes"
+        raise RequestError(
+            f"{name}: has {found} pixels, the first image {first}: give --image_size, or --encoding=png to keep their sizes"
         )
     return image
 

@@ -200,7 +200,7 @@ def verified(records: Records) -> tuple[Records, list[str]]:
         The records that are left, and for each damaged one a line with its file and byte offset.
 
     Raises:
-        RequestError: none is left.
+        RequestError: a shard cannot be opened, or nothing is left.
     """
     with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         shards = list(pool.map(lambda shard: _verified_shard(records, shard), range(len(records.files))))
@@ -212,34 +212,63 @@ def verified(records: Records) -> tuple[Records, list[str]]:
     return dataclasses.replace(records, segments=segments, skipped=skipped), problems
 
 
+def first_damage(records: Records, feed: Callable[[str], None]) -> str | None:
+    """Where the first damaged record is, in a line; None if there is none. Tells `feed` which shard is looked at.
+
+    Raises:
+        RequestError: a shard cannot be opened.
+    """
+    for shard, file in enumerate(records.files):
+        feed(f"looking for the damaged record in {file}")
+        _, problems = _verified_shard(records, shard)
+        if problems:
+            return problems[0]
+    return None
+
+
 def _verified_shard(records: Records, shard: int) -> tuple[list[tuple[int, int, int]], list[str]]:
     """The segments of one shard without its damaged records, and where those are."""
     segments = records.segments[records.segments[:, SHARD] == shard]
     file = records.files[shard]
-    if _whole_records(file, 0, int(segments[:, COUNT].sum())) == segments[:, COUNT].sum():
-        return [tuple(segment) for segment in segments], []
+    if not len(segments):
+        return [], []
+    try:
+        with tf.io.gfile.GFile(file, "rb") as content:
+            size = content.size()
+            content.read(1)
+            if _whole_records(file, int(segments[0, OFFSET]), int(segments[:, COUNT].sum())) == segments[:, COUNT].sum():
+                return [tuple(segment) for segment in segments.tolist()], []
+            ends = [*segments[1:, OFFSET].tolist(), size]
+            looked = [_verified_segment(content, file, tuple(one), end) for one, end in zip(segments.tolist(), ends, strict=True)]
+    except tf.errors.OpError as error:
+        # Nothing is left out for that: the file may be whole.
+        raise RequestError(f"{file}: cannot be read: {str(error.message).splitlines()[0][-200:]}") from error
+    return [segment for found, _ in looked for segment in found], [problem for _, problems in looked for problem in problems]
+
+
+def _verified_segment(
+    content: tf.io.gfile.GFile, file: str, segment: tuple[int, int, int], end: int
+) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """As `_verified_shard`, of one segment, which ends before byte `end`."""
+    shard, offset, count = segment
     found, problems = [], []
-    with tf.io.gfile.GFile(file, "rb") as content:
-        for _, offset, count in segments.tolist():
-            while count:
-                whole = _whole_records(file, offset, count)
-                found += [(shard, offset, whole)] if whole else []
-                for _ in range(whole):
-                    offset = _next_record(content, offset)
-                count -= whole
-                if count:
-                    after = _next_record(content, offset)
-                    # Its length may be right. Otherwise those of its segment that follow it cannot be found.
-                    hidden = count if after is None else 1
-                    problems.append(
-                        f"{file}: a damaged record at byte {offset}" + (f" hides {hidden - 1} more" if hidden > 1 else "")
-                    )
-                    offset, count = after, count - hidden
+    while count:
+        whole = _whole_records(file, offset, count)
+        found += [(shard, offset, whole)] if whole else []
+        for _ in range(whole):
+            offset = _next_record(content, offset) or end
+        count -= whole
+        if count:
+            after = _next_record(content, offset)
+            # The length of a damaged record may be right. Otherwise those of its segment that follow it cannot be found.
+            hidden = 1 if after is not None and after + (count - 1) * FRAME_BYTES <= end else count
+            problems.append(f"{file}: a damaged record at byte {offset}" + (f" hides {hidden - 1} more" if hidden > 1 else ""))
+            offset, count = after or end, count - hidden
     return found, problems
 
 
 def _whole_records(file: str, offset: int, at_most: int) -> int:
-    """How many undamaged records there are from a byte offset on, up to the first damaged one."""
+    """How many undamaged records there are from a byte offset on, up to the first damaged one. The file can be opened."""
     # Within a function: as the source of a pipeline of its own, TensorFlow 2.21 cannot write the op into a graph.
     start = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64))
     found = start.flat_map(lambda first: _records_from(tf.constant(file), first, _VERIFY_BUFFER_BYTES)).take(at_most)

@@ -47,11 +47,19 @@ class Deformed:
         """Some of the images."""
         return dataclasses.replace(self, numbers=self.numbers[indices])
 
+    def name(self, index: int) -> str:
+        """What to call one in a message."""
+        return f"image {self.numbers[index]}"
+
     def identity(self) -> str:
         """Tells the same images again."""
-        content = hashlib.sha256(self.base.tobytes())
+        content = hashlib.sha256(np.ascontiguousarray(self.base).data)
         content.update(self.numbers.tobytes() + str(self.seed).encode())
         return content.hexdigest()
+
+    def listing(self) -> str:
+        """As `identity`: what is in memory does not change."""
+        return self.identity()
 
 
 def deformed(collection: Collection, num_examples: int, seed: int) -> Collection:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, arguments, free_ports, lines_of, tf_configs
+from conftest import ROOT, TINY, arguments, children_of, free_ports, lines_of, tf_configs
 from PIL import Image
 
 pytestmark = pytest.mark.e2e
@@ -182,10 +183,9 @@ def test_data_workers_prepare_the_input_and_one_that_is_killed_costs_a_restart(t
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    victims = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"--dispatcher=grpc" in _content(path)]
-    victims = [pid for pid in victims if _parent(pid) == process.pid]
+    victims = [pid for pid, line in children_of(process.pid).items() if "--dispatcher=grpc" in line]
     assert len(victims) == 2
-    os.kill(int(victims[0]), signal.SIGKILL)
+    os.kill(victims[0], signal.SIGKILL)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "was ended by SIGKILL: ending all" in output
@@ -195,12 +195,25 @@ def test_data_workers_prepare_the_input_and_one_that_is_killed_costs_a_restart(t
     assert "data worker of" in (tmp_path / "run" / "logs" / "data-1.log").read_text()
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _parent(pid: str) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def test_two_workers_hold_prepared_data_in_memory_or_skip_what_is_damaged(
+    start_workers, tiny_records: Path, tmp_path: Path
+) -> None:
+    """What is read before the workers meet must not start TensorFlow: its collectives are configured later."""
+    for job in start_workers(2, data_dir=tiny_records, model_dir=tmp_path / "auto"):
+        assert job.wait() == 0, job.log.read_text()
+    assert json.loads((tmp_path / "auto" / "result.json").read_text())["skipped_examples"] == 0
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_records, damaged)
+    shard = damaged / "train-00003-of-00007.tfrecord"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    for job in start_workers(2, data_dir=damaged, model_dir=tmp_path / "fail"):
+        assert job.wait() == 2, job.log.read_text()
+        assert f"{shard}: a damaged record at byte 0" in job.log.read_text()
+    for pipeline in ("auto", "stream"):
+        options = {"data_dir": damaged, "model_dir": tmp_path / pipeline / "skip", "on_error": "skip", "input_pipeline": pipeline}
+        for job in (jobs := start_workers(2, **options)):
+            assert job.wait() == 0, job.log.read_text()
+            assert "left out:" in job.log.read_text()
+        assert json.loads((jobs[0].model_dir / "result.json").read_text())["skipped_examples"] == 1
