@@ -50,8 +50,9 @@ def test_a_program_that_fails_is_told_in_its_last_line_and_not_run_again(monkeyp
     measurement.run()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("program", ["keras_fit", "digitfleet"])
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.e2e), "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_programs_really_train(program: str, precision: str) -> None:
     command = [f"benchmarks.peers.{program}", f"--precision={precision}", "--steps=8", "--epochs=3", "--batch=64"]
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -215,7 +215,7 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run_here,
     assert result["steps"] == whole["steps"]
 
 
-@pytest.mark.parametrize("name", ["state.index", "state.data-00000-of-00001", "loop.json"])
+@pytest.mark.parametrize("name", ["state.index", pytest.param("state.data-00000-of-00001", marks=pytest.mark.e2e), "loop.json"])
 def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_here, caplog, tmp_path: Path) -> None:
     run_here(epochs=3)
     model_dir = tmp_path / "run"
@@ -303,6 +303,7 @@ def test_stop_before_the_first_step_loses_nothing(run_here, tmp_path: Path) -> N
     assert run_here()["restarts"] == 1
 
 
+@pytest.mark.e2e
 def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, tmp_path: Path) -> None:
     whole = run_here(model_dir=str(tmp_path / "whole"), ema_decay=0.9)
     plain = run_here(model_dir=str(tmp_path / "plain"))
@@ -372,6 +373,7 @@ def test_request_that_cannot_be_met_is_one_line_and_leaves_nothing(kind: str, st
     assert not job.model_dir.exists()
 
 
+@pytest.mark.e2e
 def test_terminal_shows_a_progress_bar_and_a_table_in_colour(tiny_data: Path, tmp_path: Path) -> None:
     options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run"}
     command = [sys.executable, "-m", "trainer.task", *arguments(options)]

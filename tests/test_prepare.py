@@ -125,6 +125,7 @@ def test_records_are_what_other_readers_expect(tmp_path: Path) -> None:
     assert found == {(image.tobytes(), label) for image, label in zip(COLOUR[:50], LABELS[:50], strict=True)}
 
 
+@pytest.mark.e2e
 def test_bytes_do_not_depend_on_the_number_of_processes_and_do_on_the_seed(tmp_path: Path) -> None:
     source = write_source("idx", tmp_path / "in")
 
