@@ -65,7 +65,8 @@ def measure(quick: bool, progress: Progress) -> Section:
     streamed, memory = figures["streamed"], figures["memory"]
     text = (
         f"{count:,} synthetic digits (elastic and affine deformations of MNIST's) were made and written in {seconds:,.0f} s: "
-        f"{count / seconds:,.0f} a second. Reading them, in batches of {_BATCH} (`image_dataset_from_directory` gives float32, the others uint8):\n\n"
+        f"{count / seconds:,.0f} a second. Reading them, in batches of {_BATCH} "
+        "(`image_dataset_from_directory` gives float32, the others uint8):\n\n"
         + table(["reader", "of", "images/s", "seconds to the first batch", "peak RSS, MiB"], cells)
         + f"\n\nOne epoch of them, streamed, with `--preset fast`: {streamed['steps']:,} steps at "
         f"{streamed['images_per_second']:,.0f} images/s; MNIST from memory: {memory['images_per_second']:,.0f}. Test accuracy "

@@ -75,7 +75,7 @@ def write_pictures(records: str, folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Reads, and prints images a second, seconds to the first batch, and the process's peak of memory, TensorFlow's 750 MiB included."""
+    """Reads, and prints images a second, seconds to the first batch, and the process's peak of memory with TensorFlow's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", choices=[*_READERS, "write_pictures"])
     parser.add_argument("folder")
