@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer import cluster
+from trainer import cli, cluster
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,6 +27,12 @@ def pool(num_processes: int, prepare: Callable[..., None], *arguments: Any) -> I
         raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def import_tensorflow() -> None:
+    """For `pool`, where the work needs TensorFlow: without its start-up noise."""
+    with cli.quiet_start():
+        import tensorflow  # noqa: F401
 
 
 def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:

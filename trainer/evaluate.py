@@ -51,7 +51,7 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     of_label = probabilities[np.arange(len(labels)), labels]
     return {
         "test_accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
-        "test_loss": float(-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
+        "test_loss": float(np.log(1 / np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
         "test_examples": len(labels),
     }
 

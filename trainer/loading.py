@@ -39,7 +39,7 @@ def without_damage(config: Config, dataset: Dataset) -> Dataset:
     if config.data_service and not all(isinstance(part, Records) for part in parts.values()):
         raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
     if config.on_error == "skip":
-        with children.pool(1, _nothing) as pool:
+        with children.pool(1, children.import_tensorflow) as pool:
             found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
         for _, problems in found.values():
             for problem in problems:
@@ -55,10 +55,6 @@ def without_damage(config: Config, dataset: Dataset) -> Dataset:
         digest.update(part.segments.tobytes())
     description = f"{dataset.description}; {skipped} damaged ones are left out"
     return dataclasses.replace(dataset, **parts, skipped=skipped, sha256=digest.hexdigest(), description=description)
-
-
-def _nothing() -> None:
-    pass
 
 
 def resident(part: Part, config: Config, *, train: bool = False) -> Part:
