@@ -189,12 +189,15 @@ def test_what_is_missing_or_cut_is_refused_before_anything_is_read(kind: str, tm
 
 
 @pytest.mark.parametrize(("damage", "least"), [(remove(SHARD), 150), (cut(SHARD, 3000), 150), (cut(SHARD, 0), 150)])
-def test_missing_and_cut_shards_are_skipped_if_asked_for(damage: Callable, least: int, tmp_path: Path) -> None:
+def test_missing_and_cut_shards_are_named_and_skipped_if_asked_for(
+    damage: Callable, least: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write(tmp_path / "data")
     damage(folder)
     found = load(folder, on_error="skip")
     assert least <= len(found.train) < NUM
     assert found.skipped == NUM - len(found.train)
+    assert f"left out: {folder / SHARD}" in caplog.text
 
 
 def test_shard_that_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:

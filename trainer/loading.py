@@ -39,6 +39,9 @@ def without_damage(config: Config, dataset: Dataset) -> Dataset:
     if config.data_service and not all(isinstance(part, Records) for part in parts.values()):
         raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
     if config.on_error == "skip":
+        for part in parts.values():
+            for file in part.missing():
+                _log.warning("left out: %s: missing", file)
         with children.pool(1, children.import_tensorflow) as pool:
             found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
         for _, problems in found.values():

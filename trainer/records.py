@@ -54,6 +54,11 @@ class Records:
     def __len__(self) -> int:
         return int(self.segments[:, COUNT].sum())
 
+    def missing(self) -> list[str]:
+        """Files of which no record is known any more."""
+        known = set(self.segments[:, SHARD].tolist())
+        return [file for shard, file in enumerate(self.files) if shard not in known]
+
     def slice(self, first: int, last: int) -> "Records":
         """The records from number `first` up to `last`, which is not one of them."""
         starts = np.cumsum(self.segments[:, COUNT]) - self.segments[:, COUNT]
