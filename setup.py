@@ -20,11 +20,14 @@ _REQUIRES = [
     "keras>=3.12,<3.16",
     "tensorboard>=2.20,<2.22",
     "absl-py>=2.3,<3",
+    "flask>=3.1,<4",
+    "flask-limiter>=4.1,<5",
     "numpy>=2.0,<3",
     "pillow>=11,<14",
     "pyyaml>=6.0.2,<7",
     "rich>=14,<16",
     "scikit-learn>=1.6,<2",
+    "waitress>=3.0.2,<4",
 ]
 
 setup(
@@ -40,7 +43,7 @@ setup(
     packages=["trainer", "launch", "launch.kustomize"],
     package_dir={"launch.kustomize": "k8s"},
     package_data={
-        "trainer": ["mnist/*", "py.typed"],
+        "trainer": ["mnist/*", "page/*", "py.typed"],
         "launch": ["slurm.sbatch"],
         "launch.kustomize": ["**/*.yaml", "Dockerfile"],
     },

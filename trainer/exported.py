@@ -1,10 +1,12 @@
-"""Loads what a finished job exported; shared by `evaluate` and `predict`."""
+"""Loads what a finished job exported; shared by `evaluate`, `predict` and `serve`."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer.errors import RequestError
 
@@ -43,3 +45,12 @@ def load(model_dir: str) -> Model:
     described = {name: value.numpy() for name, value in loaded.describe().items()}
     names = tuple(name.decode() for name in described["class_names"])
     return Model(signatures, (height, width, channels), names, described["pictures"].decode())
+
+
+def signature_defs(model_dir: str) -> dict[str, Any]:
+    """The SignatureDefs of `model_dir`/export by name, as the JSON of protocol buffers: what TensorFlow Serving tells of it."""
+    saved = saved_model_pb2.SavedModel.FromString((Path(model_dir) / "export" / "saved_model.pb").read_bytes())
+    return {
+        name: json_format.MessageToDict(value, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        for name, value in saved.meta_graphs[0].signature_def.items()
+    }

@@ -1,7 +1,9 @@
 """Picture files: opened, checked before they are unpacked, and turned into pixels."""
 
+import contextlib
+import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +29,60 @@ def load(path: Path, channels: int) -> Image.Image:
     Raises:
         RequestError: it cannot be read, is no image, or is too large.
     """
+    with _opened(path, str(path)) as image:
+        return _convert(image, str(path), channels)
+
+
+def from_bytes(content: bytes, name: str, channels: int) -> Image.Image:
+    """As `load`, of a file's bytes; `name` is what messages call it."""
+    with _opened(io.BytesIO(content), name) as image:
+        return _convert(image, name, channels)
+
+
+def pixels_of(content: bytes, name: str) -> int:
+    """The number of pixels that a file's bytes would unpack to; they stay packed.
+
+    Raises:
+        RequestError: it is no image, or so large that Pillow takes it for a decompression bomb.
+    """
+    with _opened(io.BytesIO(content), name) as image:
+        return image.width * image.height
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+@contextlib.contextmanager
+def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     try:
-        size = path.stat().st_size
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
         if size > _MAX_BYTES:
-            raise RequestError(f"{path}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
+            raise RequestError(f"{name}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on what it can read in spite of it.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _convert(image, path, "L" if channels == 1 else "RGB")
+            with Image.open(file) as image:
+                yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{path}: too large: {error}") from error
+        raise RequestError(f"{name}: too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise RequestError(f"{path}: no image: expected PNG or JPEG") from error
+        raise RequestError(f"{name}: no image: expected PNG or JPEG") from error
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise RequestError(f"{name}: cannot be read: {error.strerror or error}") from error
     except RequestError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over: struct.error, ValueError, SyntaxError, ...
-        raise RequestError(f"{path}: damaged image: {error}") from error
+        raise RequestError(f"{name}: damaged image: {error}") from error
 
 
-def _convert(image: Image.Image, path: Path, mode: str) -> Image.Image:
+def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
     if image.width * image.height > _MAX_PIXELS:
-        raise RequestError(f"{path}: {image.width}x{image.height} pixels are too large: at most {_MAX_PIXELS // 10**6} million")
+        raise RequestError(f"{name}: {image.width}x{image.height} pixels are too large: at most {_MAX_PIXELS // 10**6} million")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         # 16-bit gray: Pillow's own conversion clips instead of scaling.
         values = np.asarray(image, np.float32)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from trainer import cli, pictures
@@ -31,30 +30,11 @@ def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
     for path in paths:
         pictures.load(path, 1)  # What cannot be read is told before TensorFlow is imported.
     with cli.quiet_start():
-        import tensorflow as tf
+        from trainer.classifier import Classifier
 
-        from trainer import exported, images
-
-        model = exported.load(model_dir)
-    height, width, channels = model.input_shape
-    inputs = []
-    for path in paths:
-        pixels = tf.constant(np.asarray(pictures.load(path, channels), np.float32))
-        if model.pictures == "digits":
-            inputs.append(images.to_model_input(pixels, height, width))
-        else:
-            inputs.append(images.scaled(tf.reshape(pixels, [*pixels.shape[:2], channels]), height, width))
-    probabilities = model.signatures["serving_default"](images=tf.stack(inputs))["probabilities"].numpy()
-    return [
-        {
-            "file": str(path),
-            "digit": int(row.argmax()),
-            "class_name": model.class_names[row.argmax()],
-            "probability": float(row.max()),
-            "probabilities": [round(float(value), 6) for value in row],
-        }
-        for path, row in zip(paths, probabilities, strict=True)
-    ]
+        classifier = Classifier(model_dir)
+    predictions = classifier.classify(classifier.inputs(pictures.load(path, classifier.channels) for path in paths))
+    return [{"file": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
 
 
 def define_flags(values: flags.FlagValues) -> None:

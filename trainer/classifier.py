@@ -1,0 +1,87 @@
+"""An exported model with the way from pictures to its input; shared by `predict` and `serve`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from trainer import exported, images
+from trainer.errors import RequestError
+
+
+class Classifier:
+    """The model in `model_dir`/export. Several threads may use it at a time.
+
+    Raises:
+        RequestError: there is no export, or it cannot be read.
+    """
+
+    def __init__(self, model_dir: str) -> None:
+        self.model = exported.load(model_dir)
+        self.signature_defs = exported.signature_defs(model_dir)
+        self.channels = self.model.input_shape[2]
+
+    def inputs(self, pictures: Iterable[Image.Image]) -> np.ndarray:
+        """What the network sees.
+
+        Args:
+            pictures: one or more of any size, with as many channels as the model takes (`pictures.load`).
+
+        Returns:
+            float32 [N, H, W, C] in [0, 255].
+        """
+        return np.stack([self._input(tf.constant(np.asarray(picture, np.float32))) for picture in pictures])
+
+    def _input(self, pixels: tf.Tensor) -> np.ndarray:
+        height, width, channels = self.model.input_shape
+        if self.model.pictures == "digits":
+            return images.to_model_input(pixels, height, width).numpy()
+        return images.scaled(tf.reshape(pixels, [*pixels.shape[:2], channels]), height, width).numpy()
+
+    def classify(self, inputs: np.ndarray) -> list[dict[str, Any]]:
+        """Classifies what `inputs` gave, as one batch.
+
+        Returns:
+            For each: digit (the number of the class), class_name, probability, and the probabilities of all classes.
+        """
+        probabilities = self.model.signatures["serving_default"](images=tf.constant(inputs))["probabilities"].numpy()
+        return [
+            {
+                "digit": int(row.argmax()),
+                "class_name": self.model.class_names[row.argmax()],
+                "probability": float(row.max()),
+                "probabilities": [round(float(value), 6) for value in row],
+            }
+            for row in probabilities
+        ]
+
+    def input_of(self, signature: str) -> tuple[str, np.dtype, tuple[int | None, ...]]:
+        """Name, dtype and shape of the one tensor that a signature takes; dtype object stands for strings.
+
+        Raises:
+            RequestError: there is no such signature.
+        """
+        known = [name for name, described in self.signature_defs.items() if described["inputs"]]
+        if signature not in known:
+            raise RequestError(f"no signature {signature!r}: there are {', '.join(sorted(known))}")
+        ((name, spec),) = self.model.signatures[signature].structured_input_signature[1].items()
+        return name, np.dtype(spec.dtype.as_numpy_dtype), tuple(spec.shape)
+
+    def run(self, signature: str, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs of a signature for a tensor that fits `input_of`, by name.
+
+        Raises:
+            RequestError: the model cannot use it: bytes that are no picture.
+        """
+        name, _, _ = self.input_of(signature)
+        given = tf.constant(inputs.tolist() if inputs.dtype.hasobject else inputs)
+        try:
+            return {key: value.numpy() for key, value in self.model.signatures[signature](**{name: given}).items()}
+        except tf.errors.InvalidArgumentError as error:
+            raise RequestError(f"{name}: {str(error.message).splitlines()[0]}") from error
+
+    def warm_up(self) -> None:
+        """Makes the first prediction, which takes longer than the others."""
+        self.classify(np.zeros([1, *self.model.input_shape], np.float32))
