@@ -84,4 +84,4 @@ class Classifier:
 
     def warm_up(self) -> None:
         """Makes the first prediction, which takes longer than the others."""
-        self.classify(np.zeros([1, *self.model.input_shape], np.float32))
+        self.classify(self.inputs([Image.new("L" if self.channels == 1 else "RGB", (64, 64))]))

@@ -54,7 +54,7 @@ def quiet_start() -> Iterator[None]:
         os.dup2(aside.fileno(), 2)
         try:
             yield
-        except (JobError, SystemExit):
+        except JobError:
             raise
         except BaseException:
             aside.seek(0)

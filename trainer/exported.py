@@ -49,6 +49,7 @@ def load(model_dir: str) -> Model:
 
 def signature_defs(model_dir: str) -> dict[str, Any]:
     """The SignatureDefs of `model_dir`/export by name, as the JSON of protocol buffers: what TensorFlow Serving tells of it."""
+    # The file's format, generated from TensorFlow's published .proto; `tf.saved_model` itself shows no names of tensors.
     saved = saved_model_pb2.SavedModel.FromString((Path(model_dir) / "export" / "saved_model.pb").read_bytes())
     return {
         name: json_format.MessageToDict(value, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

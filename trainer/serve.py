@@ -4,16 +4,18 @@ The same address answers clients of TensorFlow Serving's REST API. Without authe
 """
 
 import logging
+import os
 import re
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
 from trainer import cli
-from trainer.errors import RequestError
+from trainer.errors import EXIT_FINISHED, RequestError
 
 _THREADS = 8
 # What is a little too large is refused in JSON; only what is much too large is not even read.
@@ -29,12 +31,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:  # A name that can be none at all is a UnicodeError.
-        reason = getattr(error, "strerror", None) or error
+        # Python adds the address, which is said already.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise RequestError(f"--host={host} --port={port}: cannot listen there ({reason}): choose another, or --port=0") from error
 
 
 def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, max_body_mb: int, max_rate: int) -> None:
-    """Serves until SystemExit or KeyboardInterrupt is raised in this thread, as by a signal's handler.
+    """Serves until SIGTERM or SIGINT; requests that are being answered are finished. Call it in the main thread.
 
     Args:
         model_dir: folder of a finished job.
@@ -71,9 +74,15 @@ def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, m
         max_request_body_size=limits.body_bytes + _SLACK_BYTES,
         ident=None,
     )
+    _on_signal(sys.exit)
     name = host or address
     print(f"trainer.serve: {model_name} on http://{f'[{name}]' if ':' in name else name}:{port}/", flush=True)
     server.run()
+
+
+def _on_signal(act: Callable[[], Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: act())
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -96,8 +105,8 @@ def main(positional: list[str]) -> None:
         raise RequestError("--model_dir must be given: the folder of a finished job")
     if not re.fullmatch(r"[\w.-]+", values.model_name, re.ASCII):
         raise RequestError(f"--model_name={values.model_name}: expected letters, digits, '.', '_' and '-'")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit())
+    # Nothing is served yet, and an exception could get lost in TensorFlow's import.
+    _on_signal(lambda: os._exit(EXIT_FINISHED))
     with listen(values.host, values.port) as listener:
         serve(
             values.model_dir,

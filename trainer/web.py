@@ -17,6 +17,7 @@ from trainer.errors import RequestError
 
 # TensorFlow Serving takes it from the name of the folder; here there is one model, and it stays.
 _VERSION = 1
+_MODEL, _MODEL_VERSION = "/v1/models/<name>", "/v1/models/<name>/versions/<int:version>"
 # These TensorFlow decodes in memory that goes with the size they state; of a GIF it unpacks every frame.
 _BOUNDED = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 # Nothing comes from elsewhere, and nothing runs but page.js.
@@ -72,7 +73,7 @@ def create_app(classifier: Classifier, model_name: str, limits: admission.Limits
         if isinstance(error, RequestEntityTooLarge):
             text = f"the request is larger than {limits.body_bytes / 2**20:g} MiB (--max_body_mb)"
         elif isinstance(error, TooManyRequests):
-            text = f"more than {text} (--max_requests_per_second)"
+            text = f"more than {limits.requests_per_second} requests a second (--max_requests_per_second)"
             headers.append(("Retry-After", "1"))
         return {"error": text}, error.code or 500, headers
 
@@ -110,7 +111,7 @@ def _page_api(classifier: Classifier, model_name: str, gate: admission.Gate) -> 
 
 def _serving_api(classifier: Classifier, model_name: str, gate: admission.Gate) -> flask.Blueprint:
     """TensorFlow Serving's, of one model with one version."""
-    api = flask.Blueprint("serving_api", __name__, url_prefix="/v1/models/<name>")
+    api = flask.Blueprint("serving_api", __name__)
 
     def check_model(name: str, version: int) -> None:
         if name != model_name:
@@ -118,15 +119,15 @@ def _serving_api(classifier: Classifier, model_name: str, gate: admission.Gate) 
         if version != _VERSION:
             raise NotFound(f"no version {version} here: the model has version {_VERSION} alone")
 
-    @api.get("")
-    @api.get("/versions/<int:version>")
+    @api.get(_MODEL)
+    @api.get(_MODEL_VERSION)
     def _status(name: str, version: int = _VERSION) -> dict[str, Any]:
         check_model(name, version)
         status = {"error_code": "OK", "error_message": ""}
         return {"model_version_status": [{"version": str(_VERSION), "state": "AVAILABLE", "status": status}]}
 
-    @api.get("/metadata")
-    @api.get("/versions/<int:version>/metadata")
+    @api.get(_MODEL + "/metadata")
+    @api.get(_MODEL_VERSION + "/metadata")
     def _metadata(name: str, version: int = _VERSION) -> dict[str, Any]:
         check_model(name, version)
         return {
@@ -134,8 +135,8 @@ def _serving_api(classifier: Classifier, model_name: str, gate: admission.Gate) 
             "metadata": {"signature_def": {"signature_def": classifier.signature_defs}},
         }
 
-    @api.post(":<method>")
-    @api.post("/versions/<int:version>:<method>")
+    @api.post(_MODEL + ":<method>")
+    @api.post(_MODEL_VERSION + ":<method>")
     def _predict(name: str, method: str, version: int = _VERSION) -> dict[str, Any]:
         check_model(name, version)
         if method != "predict":
