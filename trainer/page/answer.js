@@ -4,7 +4,8 @@ import { byId, model, size } from "./server.js";
 
 const MOST_BARS = 10;
 
-export const percent = (value) => (100 * value).toFixed(1) + " %";
+/** A probability for people; none is told as certain. */
+export const percent = (value) => (value > 0.9995 ? "> 99.9" : (100 * value).toFixed(1)) + " %";
 
 /** An element with a class and a text. */
 export function element(name, className, text) {
@@ -22,12 +23,12 @@ export function answer(prediction, isFinal, button = null) {
   box.dataset.class = prediction ? prediction.class_name : "";
   byId("label").textContent = prediction ? prediction.class_name : "–";
   byId("label").toggleAttribute("data-long", Boolean(prediction) && prediction.class_name.length > 3);
-  byId("confidence").textContent = prediction ? `${percent(prediction.probability)} sure` : "Nothing to read yet";
+  byId("confidence").textContent = prediction ? `Probability ${percent(prediction.probability)}` : "Nothing to read yet";
   byId("seen").hidden = !prediction;
   if (prediction) byId("seen").src = prediction.input;
   byId("seen").alt = prediction ? `The picture after preprocessing, ${size()} pixels` : "";
   bars(prediction ? prediction.probabilities : model.class_names.map(() => 0), prediction ? prediction.digit : -1);
-  if (isFinal) byId("status").textContent = prediction ? `${prediction.class_name}, ${percent(prediction.probability)} sure` : "";
+  if (isFinal) byId("status").textContent = prediction ? `${prediction.class_name}, probability ${percent(prediction.probability)}` : "";
   box.dataset.final = String(isFinal);
   if (prediction) box.dataset.count = Number(box.dataset.count) + 1;
 }

@@ -164,8 +164,13 @@ function showCursor(isShown) {
 }
 
 canvas.addEventListener("focus", () => showCursor(canvas.matches(":focus-visible")));
-byId("undo").addEventListener("click", undo);
-byId("clear").addEventListener("click", clear);
+for (const [id, act] of [["undo", undo], ["clear", clear]]) {
+  byId(id).addEventListener("click", () => {
+    act();
+    // The button is out of use now, and would take the focus with it.
+    if (!strokes.length) canvas.focus();
+  });
+}
 document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "z" && strokes.length) {
     event.preventDefault();

@@ -62,6 +62,7 @@ async function readFiles(files) {
 function addRow(file, prediction) {
   const row = element("tr"), thumbnail = element("img"), name = file.name || "pasted picture";
   thumbnail.alt = "";
+  thumbnail.addEventListener("error", () => (thumbnail.hidden = true));
   thumbnail.src = URL.createObjectURL(file);
   const first = element("td");
   first.append(thumbnail);
