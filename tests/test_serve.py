@@ -1,6 +1,7 @@
 """The command that serves the exported model: a real process, real HTTP, real signals."""
 
 import base64
+import concurrent.futures
 import http.client
 import io
 import json
@@ -67,7 +68,7 @@ class Server:
     def end(self, number: int) -> int:
         """The exit code after a signal."""
         self.process.send_signal(number)
-        return self.process.wait(10)
+        return self.process.wait(30)
 
     def close(self) -> None:
         self.process.kill()
@@ -155,6 +156,16 @@ def test_files_are_classified_as_predict_does(server: Server, finished: Path, mn
         assert one["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)
     (alone,) = server.json("/api/predict", files[2][1], Content_Type="image/png")["predictions"]
     assert alone["probabilities"] == pytest.approx(expected[2]["probabilities"], abs=1e-5)
+
+
+def test_many_clients_at_once_get_their_own_answers(server: Server, mnist) -> None:
+    contents = [png(mnist.test.images[number % 8, ..., 0]) for number in range(64)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = [answer["predictions"][0] for answer in pool.map(lambda content: server.json("/api/predict", content), contents)]
+    assert len({json.dumps(one["probabilities"]) for one in found[:8]}) == 8
+    for number, one in enumerate(found):
+        assert one["probabilities"] == pytest.approx(found[number % 8]["probabilities"], abs=1e-5)
+        assert one["input"] == found[number % 8]["input"]
 
 
 def test_answer_shows_what_the_network_sees(server: Server, mnist) -> None:
