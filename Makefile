@@ -6,16 +6,19 @@ BIN := $(VENV)/bin
 IMAGE ?= build/image
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-e2e test-container test-cluster lint format clean
+.PHONY: train test test-e2e test-browser test-container test-cluster lint format clean
 
 train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
 test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not e2e and not container and not cluster" $(ARGS)
+	$(BIN)/python -m pytest -m "not e2e and not browser and not container and not cluster" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
 	$(BIN)/python -m pytest -m e2e $(ARGS)
+
+test-browser: $(INSTALLED)  ## TensorBoard's pages, the report and trainer.serve's page in Chromium (installed before)
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-container: $(INSTALLED)  ## Builds the image (buildah, debootstrap; root) and runs it (runc)
 	tests/container/build.sh $(IMAGE)

@@ -77,7 +77,7 @@ def run_recipe(seed: int) -> Run:
 
 def ours(seed: int, model_dir: str) -> list[str]:
     """The command of a job."""
-    return ["trainer.task", "--preset=fast", f"--seed={seed}", f"--model_dir={model_dir}"]
+    return ["trainer.task", "--preset=fast", "--noreport", f"--seed={seed}", f"--model_dir={model_dir}"]
 
 
 def recipe(seed: int) -> list[str]:

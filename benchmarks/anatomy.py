@@ -5,6 +5,8 @@ difference of the medians. Waiting for input is what TensorFlow's profiler saw o
 next step may ask before this one has ended, so it is the most that a step can have waited.
 """
 
+import contextlib
+import dataclasses
 import json
 import statistics
 import sys
@@ -21,9 +23,11 @@ from benchmarks.setup import Prepared, prepare
 from trainer.augment import augment
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.layers import training_on
+from trainer.machine import memory
+from trainer.recording import Recording
 from trainer.steps import cross_entropy
 
-_STEPS, _TURNS, _SAVES, _INPUT_STEPS = 20, 9, 7, 400
+_STEPS, _TURNS, _SAVES, _INPUT_STEPS, _RECORDS = 20, 9, 7, 400, 200
 
 
 def _partial_loop(job: Prepared, *, backward: bool) -> Callable[[], object]:
@@ -82,6 +86,23 @@ def _save_seconds(job: Prepared) -> float:
     return statistics.median(times[1:])
 
 
+def _record_seconds(job: Prepared) -> float:
+    """What one record of training costs that goes to every writer of a job."""
+    values = {"learning_rate": 0.01, "gradient_norm": 1.0, "images_per_second": 1e4, "step_ms": 1.0, "input_wait_ms": 0.1,
+              "compute_ms": 0.9, "all_reduce_ms": 0.0}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        config = dataclasses.replace(job.config, model_dir=folder)
+        with Recording(config, _RECORDS, 0, 0, is_chief=True) as recording:
+
+            def write(step: int) -> None:
+                recording.write(
+                    {"step": step, "epoch": 0.5, "split": "train", "loss": 0.1, "accuracy": 0.9, **values, **memory()}
+                )
+
+            times = [_seconds(lambda step=step: write(step)) for step in range(_RECORDS)]  # type: ignore[misc]
+    return statistics.mean(times[1:])
+
+
 def _waiting_seconds(train: Callable[[], object]) -> float:
     """What the operation that takes the next batch takes while `train` runs."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +149,7 @@ def main() -> None:
         "input_images_per_second": _input_rate(job),
         "training_images_per_second": 1e3 * job.plan.global_batch_size / step,
         "checkpoint": 1e3 * _save_seconds(job),
+        "record": 1e3 * _record_seconds(job),
     }))  # fmt: skip
 
 

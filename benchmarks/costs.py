@@ -1,4 +1,4 @@
-"""What a job spends on anything but its steps: start, memory, input, checkpoints; and what a step consists of."""
+"""What a job spends on anything but its steps: start, memory, input, checkpoints, logging; and what a step consists of."""
 
 import os
 import subprocess
@@ -12,12 +12,14 @@ from benchmarks.throughput import Progress
 _TASK = ["--model=bn_cnn", "--augment=none", "--validation_fraction=0"]
 _PARTS = ("forward", "backward", "update")
 _CHECKPOINT_EVERY = 100
+# The default of --steps_per_loop.
+_RECORD_EVERY = 50
 
 
 def first_step(arguments: list[str]) -> tuple[float, float]:
     """Seconds from the start of `trainer.task` to its first finished step, and the peak of the whole job's memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainer.task", *arguments, "--max_steps=51", f"--model_dir={folder}/run"]
+        command = [sys.executable, "-m", "trainer.task", *arguments, "--max_steps=51", "--noreport", f"--model_dir={folder}/run"]
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, "--steps_per_loop=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
@@ -42,14 +44,17 @@ def measure(quick: bool, progress: Progress) -> Section:
         step, waiting = parts["step"], parts["waiting for input, at most"]
         stall = parts["checkpoint"] / (parts["checkpoint"] + _CHECKPOINT_EVERY * step)
         faster = parts["input_images_per_second"] / parts["training_images_per_second"]
-        figures[precision] = {**parts, "first_step_seconds": seconds, "peak_rss_mib": memory, "checkpoint_share": stall}
+        logging = parts["record"] / (parts["record"] + _RECORD_EVERY * step)
+        figures[precision] = {**parts, "first_step_seconds": seconds, "peak_rss_mib": memory, "checkpoint_share": stall,
+                              "logging_share": logging}  # fmt: skip
         rows.append([precision, f"{seconds:.1f}", f"{memory:,.0f}", f"{parts['input_images_per_second']:,.0f}", f"{faster:,.0f}",
-                     f"{parts['checkpoint']:.0f}", f"{stall:.2%}"])  # fmt: skip
+                     f"{parts['checkpoint']:.0f}", f"{stall:.2%}", f"{parts['record']:.1f}", f"{logging:.2%}"])  # fmt: skip
         cells = [f"{parts[name]:.1f} ({parts[name] / step:.0%})" for name in _PARTS]
         shares.append([precision, f"{step:.1f}", *cells, f"{waiting:.2f} ({waiting / step:.2%})"])
     costs = table(
         ["precision", "seconds from process start to the first step", "peak RSS of the job, MiB", "input alone, images/s",
-         "times what training takes", "ms to write a checkpoint", f"share of training with one every {_CHECKPOINT_EVERY} steps"],
+         "times what training takes", "ms to write a checkpoint", f"share of training with one every {_CHECKPOINT_EVERY} steps",
+         "ms to log a record", f"share of training with one every {_RECORD_EVERY} steps"],
         rows,
     )  # fmt: skip
     anatomy = table(["precision", "step, ms", *_PARTS, "waiting for input, at most"], shares)

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ NAMES = {
 TINY = {
     "preset": "fast", "global_batch_size": 32, "epochs": 2, "steps_per_loop": 5, "checkpoint_every_steps": 10,
     "precision": "float32", "validation_fraction": 0.2, "augment": "shift",
+    # Seconds of drawing that few tests look at: those of the report.
+    "report": False,
 }  # fmt: skip
 
 set_log_level(-1)
@@ -105,13 +107,37 @@ def arguments(options: dict[str, Any]) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     """The folder of a job that has run to its end on two replicas."""
     model_dir = tmp_path_factory.mktemp("finished") / "run"
-    options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6}
+    options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6,
+               "report": True, "histograms_every": 32}  # fmt: skip
     command = [sys.executable, "-m", "trainer.task", *arguments(options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (model_dir / "stdout").write_text(done.stdout)
     (model_dir / "stderr").write_text(done.stderr)
     return model_dir
+
+
+@pytest.fixture(scope="session")
+def tensorboard(finished: Path) -> Iterator[str]:
+    """The address of a TensorBoard that shows the finished run as one of its log directory's."""
+    (port,) = free_ports(1)
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(finished.parent),
+        "--port",
+        str(port),
+        "--load_fast=false",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        try:
+            assert any(f":{port}/" in line for line in process.stderr), "TensorBoard did not start"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
 
 
 class Job:

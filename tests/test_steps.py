@@ -1,5 +1,6 @@
 """One training step: the same on one replica and on several, and what each option adds to it."""
 
+import time
 from typing import Any
 
 import keras
@@ -43,7 +44,8 @@ def train(num_replicas: int, num_steps: int = 3, **options: Any) -> tuple[np.nda
     totals = loop(iterator, tf.constant(0, tf.int64), tf.constant(num_steps, tf.int64)).numpy()
     if not config.sync_batch_norm:
         steps.make_average_statistics(state, strategy)()
-    return totals, [variable.numpy() for variable in weights_of(state.model)], state
+    # Times are no function of the input.
+    return totals[:, : steps.INPUT_SECS], [variable.numpy() for variable in weights_of(state.model)], state
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -108,6 +110,52 @@ def test_16_bit_precision_learns_close_to_float32(precision: str) -> None:
     exact, _, _ = train(1, 2, precision="float32")
     totals, _, _ = train(1, 2, precision=precision)
     np.testing.assert_allclose(totals[0, steps.LOSS], exact[0, steps.LOSS], rtol=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"l2": 0.1}, {"clip_norm": 0.01}, {"precision": "mixed_float16"}], ids=str)
+def test_norm_of_the_gradient_is_that_of_the_mean_loss_before_clipping(options: dict[str, Any]) -> None:
+    given = {"model": "cnn", "optimizer": "sgd", "learning_rate": 1e-9, "dropout_rate": 0.0, **options}
+    totals, _, state = train(2, 1, **given)
+    with tf.GradientTape() as tape:
+        logits = state.inference(tf.cast(IMAGES[:32], state.inference.inputs[0].dtype), training=False)
+        loss = tf.reduce_mean(steps.cross_entropy(LABELS[:32], logits))
+        kernels = [variable for variable in state.inference.trainable_variables if variable.name == "kernel"]
+        loss += options.get("l2", 0) * tf.add_n([tf.reduce_sum(tf.square(kernel.value)) for kernel in kernels])
+    norm = tf.linalg.global_norm(tape.gradient(loss, state.inference.trainable_variables)).numpy()
+    tolerance = 0.02 if "precision" in options else 1e-5
+    np.testing.assert_allclose(totals[0, steps.GRADIENT_NORM], norm, rtol=tolerance)
+
+
+def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
+    config = from_preset("fast", EXACT)
+    model, inference = training_model(config, (12, 12, 1), 4, synchronized=False), inference_model(config, (12, 12, 1), 4)
+    schedule = Schedule(config, 100)
+    state = steps.State(model, inference, make_optimizer(config, schedule, model), schedule)
+
+    def slow(index: np.ndarray) -> np.ndarray:
+        time.sleep(0.2 if index % 3 == 2 else 0)
+        return index
+
+    def wait(*batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        index = tf.numpy_function(slow, [batch[2][0] // 32], tf.int64)
+        with tf.control_dependencies([index]):
+            return tuple(map(tf.identity, batch))
+
+    dataset = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, np.arange(64, dtype=np.int64))).repeat()
+    dataset = dataset.map(lambda image, label, _: (image, label)).enumerate().map(lambda index, pair: (*pair, index)).batch(32)
+    loop = steps.make_train_loop(config, state, tf.distribute.OneDeviceStrategy("CPU:0"))
+    iterator = iter(dataset.map(wait))
+    loop(iterator, tf.constant(0, tf.int64), tf.constant(3, tf.int64))
+    started = time.perf_counter()
+    rows = loop(iterator, tf.constant(3, tf.int64), tf.constant(6, tf.int64)).numpy()
+    seconds = time.perf_counter() - started
+    waited, took = rows[:, steps.INPUT_SECS], rows[:, steps.STEP_SECS]
+    assert (waited <= took).all()
+    # A batch is asked for before the step before it has ended: some of its 0.2 s are over by then.
+    assert (waited[[2, 5]] >= 0.1).all(), waited
+    # What is left of the call is its overhead.
+    assert took.sum() <= seconds
+    assert sorted(np.argsort(waited)[-2:]) == [2, 5], waited
 
 
 @pytest.mark.parametrize("model", ["fast_cnn", "bn_cnn"])

@@ -1,7 +1,9 @@
 """Whose folder is it? config.json says which run `model_dir` holds; only that run goes on there."""
 
+import contextlib
 import dataclasses
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import tensorflow as tf
 
 from trainer import __version__, storage
 from trainer.config import Config
-from trainer.errors import RequestError
+from trainer.errors import JobError, RequestError
 from trainer.topology import Topology
 
 _CONFIG = "config.json"
@@ -61,18 +63,47 @@ def versions() -> dict[str, str]:
     }
 
 
-def write(model_dir: Path, config: Config, data_sha256: str, restarts: int, topology: Topology) -> None:
-    """Writes config.json: from now on the folder is this run's."""
-    content = {
-        "config": dataclasses.asdict(config),
-        "data_sha256": data_sha256,
-        "restarts": restarts,
-        "versions": versions(),
-        "topology": {
-            "strategy": topology.name,
-            "num_replicas": topology.num_replicas,
-            "num_workers": topology.num_workers,
-            "devices": [device.name for device in tf.config.list_logical_devices()],
-        },
-    }
-    storage.write_json(model_dir / _CONFIG, content)
+class Start:
+    """This process's entry in config.json's list of starts: when, on what, and how it ended.
+
+    As a context manager it notes why a job ended before it was finished. A process that is killed notes nothing.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._path, self._written = model_dir / _CONFIG, False
+
+    def write(self, config: Config, data_sha256: str, restarts: int, topology: Topology) -> None:
+        """Writes config.json: from now on the folder is this run's."""
+        before = storage.read_json(self._path) or {}
+        start = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_replicas": topology.num_replicas}
+        content = {
+            "config": dataclasses.asdict(config),
+            "data_sha256": data_sha256,
+            "restarts": restarts,
+            "versions": versions(),
+            "topology": {
+                "strategy": topology.name,
+                "num_replicas": topology.num_replicas,
+                "num_workers": topology.num_workers,
+                "devices": [device.name for device in tf.config.list_logical_devices()],
+            },
+            "starts": [*before.get("starts", []), start],
+        }
+        storage.write_json(self._path, content)
+        self._written = True
+
+    def note(self, **values: Any) -> None:
+        """Adds to the entry, once there is one: the step that training goes on from, or how it ended."""
+        content = storage.read_json(self._path) if self._written else None
+        if content:
+            content["starts"][-1].update(values)
+            storage.write_json(self._path, content)
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind:
+            # What ended the job may be that nothing can be written.
+            with contextlib.suppress(OSError, JobError):
+                self.note(ended=" ".join(str(error).split())[:300] or kind.__name__)

@@ -190,7 +190,29 @@ class Config:
         shared=False,
     )
     profile_steps: str = option(
-        "", "FIRST,LAST: steps to record for TensorBoard's profile page, e.g. 100,120. Empty: none.", result=False
+        "",
+        "FIRST,LAST: steps that every worker records for TensorBoard's profile page, e.g. 100,120. Empty: none.",
+        result=False,
+    )
+    histograms_every: int = option(
+        0, "Steps between histograms of weights and gradients in TensorBoard. 0: none.", at_least=0, result=False
+    )
+    report: bool = option(
+        True, "Draw pictures of the result for TensorBoard and write report.html and report.md at the end.", result=False
+    )
+    test: bool = option(
+        True,
+        "Evaluate on the test set at the end. --notest: leave it for a later look; the report then shows validation.",
+        result=False,
+    )
+    metrics_port: int = option(
+        0, "Port of the chief's Prometheus endpoint, /metrics. 0: none.", at_least=0, at_most=65535, result=False, shared=False
+    )
+    metrics_host: str = option(
+        "127.0.0.1",
+        "Address that the Prometheus endpoint listens on; it has no authentication. 0.0.0.0: every one of this machine's.",
+        result=False,
+        shared=False,
     )
     target_accuracy: float = option(0.0, "Validation accuracy at which training ends. 0: none.", at_least=0, at_most=1)
 

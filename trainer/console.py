@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -70,11 +71,14 @@ def print_result(result: dict[str, Any], model_dir: str) -> None:
     # Wide where there is no terminal: a path that is broken in two cannot be copied from a log.
     console = RichConsole(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
     table = Table(show_header=False, box=None, pad_edge=False)
-    accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
-    table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
+    if result["test_accuracy"] is not None:
+        accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
+        table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
     if result["validation_accuracy"] is not None:
         table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")
     table.add_row("training", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['train_seconds']:.1f} s")
     table.add_row("speed", f"{result['images_per_second']:.0f} images/s on {result['num_replicas']} x {result['strategy']}")
     table.add_row("model", f"{model_dir}/export, {model_dir}/model.keras")
+    if (Path(model_dir) / "report.html").exists():
+        table.add_row("report", f"{model_dir}/report.html")
     console.print(table, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,6 @@ from absl import flags
 
 from trainer import cli, dataset
 from trainer.errors import RequestError
-
-_BATCH = 1000
 
 
 def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
@@ -44,7 +41,7 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
     labels_of = np.array([model.class_names.index(name) for name in data.class_names])
     predicted, known = [], []
     with loading.damage_told(data):
-        for images, labels in _batches(data.test):
+        for images, labels in loading.batches(data.test):
             predicted.append(model.signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy())
             known.append(labels_of[labels])
     probabilities, labels = np.concatenate(predicted).astype(np.float64), np.concatenate(known)
@@ -54,17 +51,6 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
         "test_loss": float(np.log(1 / np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
         "test_examples": len(labels),
     }
-
-
-def _batches(examples: dataset.Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All examples in order, as images uint8 [n, H, W, C] and labels int32 [n]."""
-    if isinstance(examples, dataset.Examples):
-        for start in range(0, len(examples), _BATCH):
-            yield examples.images[start : start + _BATCH], examples.labels[start : start + _BATCH]
-    else:
-        from trainer import streaming
-
-        yield from streaming.batches(examples)
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -1,7 +1,7 @@
 """One job from configuration to result: puts the parts together, in the order in which data flows. A library, without flags."""
 
 import contextlib
-import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,15 +17,14 @@ from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
-from trainer.console import ConsoleWriter
 from trainer.dataset import Dataset, Part, split_validation
 from trainer.errors import Stopped
 from trainer.export import export, weights_sha256
 from trainer.loop import Evaluation, Loop, Work
-from trainer.metrics import JsonLines, TensorBoard, Writers
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.plan import Plan, make_plan
+from trainer.recording import Recording
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
 from trainer.topology import Topology, choose_layout, configure_tensorflow, make_topology
@@ -72,6 +71,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
     _log.info("%s", plan.describe())
     with (
         preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch),
+        claim.Start(model_dir) as start,
         _peers_can_be_lost(watch),
         loading.damage_told(dataset, watch.feed),
         service.loss_told(config.data_service),
@@ -80,16 +80,16 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
             _tell([machine.check_clocks(watch.peers)])
         topology = make_topology(config, layout, cluster)
         if topology.is_chief:
-            claim.write(model_dir, config, dataset.sha256, restarts, topology)
+            start.write(config, dataset.sha256, restarts, topology)
         watch.feed("reading the data", compiles=True)
         examples = (
             loading.resident(train_set, config, train=True),
             loading.resident(validation_set, config) if validation_set else None,
             loading.resident(dataset.test, config),
         )
-        result = _train(config, plan, dataset, examples, topology, cluster, restarts, stop, watch)
+        result = _train(config, plan, dataset, examples, topology, cluster, restarts, start, stop, watch)
         # Whoever has exited could not be asked again if the chief, say, found the disk full.
-        watch.feed("waiting for the others to finish")
+        watch.feed("waiting for the others to finish", compiles=True)
         watch.end_together()
     return result
 
@@ -102,6 +102,7 @@ def _train(
     topology: Topology,
     cluster: Cluster,
     restarts: int,
+    start: claim.Start,
     stop: StopRequest,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def _train(
     steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
     agreement.check_steps(np.asarray(steps_restored), config.model_dir)
     checkpoints.remove_newer(progress.step)
+    start.note(step=progress.step)
     if progress.step:
         _log.info("going on from step %d", progress.step)
     watch.feed("timing what the replicas exchange", compiles=True)
@@ -122,6 +124,7 @@ def _train(
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
     evaluate = _evaluations(state.inference, topology, sum_over_workers)
+    recording = Recording(config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief)
     work = Work(
         train=steps.make_train_loop(config, state, topology.strategy),
         iterator=train_iterator(config, train_set, progress.step, topology),
@@ -130,12 +133,16 @@ def _train(
         average_statistics=steps.make_average_statistics(state, topology.strategy),
         advise=exchange.make_adviser(plan, exchange_secs, _log.warning if topology.is_chief else _log.debug),
         validate=evaluate(validation_set) if validation_set else None,
+        exchange_secs=exchange_secs,
+        profile_dir=model_dir / "tensorboard" / (f"worker-{cluster.index}" if cluster.index else ""),
+        observe=recording.observe,
+        write_histograms=recording.histograms_of(state),
     )
-    with _writers(config, plan, progress, topology) as writers:
-        Loop(config, plan, state, work, agreement, checkpoints, progress, writers, stop, watch).run()
+    with recording:
+        Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
         # The only look at the test set, after everything has been chosen.
         watch.feed("testing", compiles=True)
-        test = evaluate(test_set)()
+        test = evaluate(test_set)() if config.test else None
         validation = work.validate() if work.validate else None
         result = _result(
             config, plan, topology, progress, restarts, dataset.skipped, test, validation, weights_sha256(state.inference)
@@ -143,10 +150,16 @@ def _train(
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
         watch.feed("exporting", compiles=True)
         with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
-            writers.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
-                           "accuracy": result["test_accuracy"]})  # fmt: skip
+            if config.test:
+                recording.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
+                                 "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
                 _export(plain, state, dataset, model_dir)
+            split, shown = ("test", test_set) if config.test else ("validation", validation_set)
+            if config.report and shown:
+                moved = functools.partial(watch.feed, "writing the report", compiles=True)
+                recording.report(plain, dataset, train_set, split, shown, result, moved)
+            if topology.is_chief:
                 claim.finish(model_dir, result)
     return result
 
@@ -179,9 +192,23 @@ def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology)
             inference=inference_model(config, input_shape, num_classes),
             optimizer=make_optimizer(config, schedule, model),
             schedule=schedule,
+            gradients=_gradients_kept(model) if config.histograms_every else (),
         )
     steps.make_copy_weights(state, topology.strategy)()
     return state, inference_model(config, input_shape, num_classes)
+
+
+def _gradients_kept(model: keras.Model) -> list[tf.Variable]:
+    """Variables for the gradients of the last step. They are the same on all replicas, so none is asked of the others."""
+    return [
+        tf.Variable(
+            tf.zeros(variable.shape, variable.dtype),
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+        for variable in model.trainable_variables
+    ]
 
 
 def _export(plain: keras.Model, state: steps.State, dataset: Dataset, model_dir: Path) -> None:
@@ -215,17 +242,6 @@ def _evaluations(
     return make
 
 
-def _writers(config: Config, plan: Plan, progress: Progress, topology: Topology) -> Writers:
-    if not topology.is_chief:
-        return Writers()
-    model_dir = Path(config.model_dir)
-    return Writers([
-        JsonLines(model_dir / "metrics.jsonl", progress.step),
-        TensorBoard(model_dir / "tensorboard", dataclasses.asdict(config), progress.step),
-        ConsoleWriter(plan.total_steps, progress.step),
-    ])  # fmt: skip
-
-
 def _result(
     config: Config,
     plan: Plan,
@@ -233,19 +249,18 @@ def _result(
     progress: Progress,
     restarts: int,
     skipped: int,
-    test: np.ndarray,
+    test: np.ndarray | None,
     validation: np.ndarray | None,
     sha256: str,
 ) -> dict[str, Any]:
-    examples = test[steps.EXAMPLES]
     # A job of a single call has no other speed than the one that compilation is a part of.
     images, seconds = progress.timed_images, progress.timed_seconds
     if not seconds:
         images, seconds = progress.step * plan.global_batch_size, progress.train_seconds
     return {
-        "test_accuracy": float(test[steps.CORRECT] / examples),
-        "test_loss": float(test[steps.LOSS] / examples),
-        "test_examples": int(examples),
+        "test_accuracy": None if test is None else float(test[steps.CORRECT] / test[steps.EXAMPLES]),
+        "test_loss": None if test is None else float(test[steps.LOSS] / test[steps.EXAMPLES]),
+        "test_examples": None if test is None else int(test[steps.EXAMPLES]),
         "skipped_examples": skipped,
         "validation_accuracy": None if validation is None else float(validation[steps.CORRECT] / validation[steps.EXAMPLES]),
         "steps": progress.step,

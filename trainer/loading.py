@@ -17,6 +17,7 @@ from trainer.errors import RequestError
 from trainer.records import Records
 
 _log = logging.getLogger("digitfleet")
+_BATCH = 1000
 # What a damaged, changed or missing file of records shows as. By way of tf.data service, damage is "unknown".
 _DAMAGE = (
     tf.errors.DataLossError,
@@ -78,6 +79,15 @@ def resident(part: Part, config: Config, *, train: bool = False) -> Part:
         images[first : first + len(batch)], labels[first : first + len(batch)] = batch, batch_labels
         first += len(batch)
     return Examples(images, labels)
+
+
+def batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All examples in their order, as images uint8 [n, H, W, C] and labels int32 [n]."""
+    if isinstance(part, Records):
+        yield from streaming.batches(part)
+        return
+    for start in range(0, len(part), _BATCH):
+        yield part.images[start : start + _BATCH], part.labels[start : start + _BATCH]
 
 
 @contextlib.contextmanager

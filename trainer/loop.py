@@ -6,20 +6,24 @@ It knows time; what a step computes is `steps.py`'s business, and how many devic
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer import storage
+from trainer import machine, storage
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
 from trainer.errors import DivergedError, Stopped
-from trainer.metrics import Record, Writers
+from trainer.metrics import Record
 from trainer.plan import Plan
+from trainer.profiler import Profiler
+from trainer.recording import Recording
 from trainer.signals import StopRequest
-from trainer.steps import CORRECT, EXAMPLES, LOSS, State, TrainLoop
+from trainer.step_times import StepTimes
+from trainer.steps import CORRECT, EXAMPLES, GRADIENT_NORM, LOSS, STEP_SECS, TRAIN_COLUMNS, State, TrainLoop
 from trainer.watch import Watch
 
 Evaluation = Callable[[], np.ndarray]
@@ -27,7 +31,10 @@ Evaluation = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Work:
-    """The functions that the loop drives. All workers call them in the same order: most of them are collective."""
+    """The functions that the loop drives. All workers call them in the same order: most of them are collective.
+
+    Not so the last ones, which are the chief's affair: seconds of each step, and the time for histograms.
+    """
 
     train: TrainLoop
     iterator: Any
@@ -36,6 +43,10 @@ class Work:
     average_statistics: Callable[[], None]
     advise: Callable[[float], None]
     validate: Evaluation | None
+    exchange_secs: float
+    profile_dir: Path
+    observe: Callable[[np.ndarray], None] = lambda _: None
+    write_histograms: Callable[[int], None] = lambda _: None
 
 
 class Loop:
@@ -50,13 +61,14 @@ class Loop:
         agreement: Agreement,
         checkpoints: Checkpoints,
         progress: Progress,
-        writers: Writers,
+        recording: Recording,
         stop: StopRequest,
         watch: Watch,
     ) -> None:
         self._config, self._plan, self._state, self._work = config, plan, state, work
-        self._checkpoints, self._progress, self._writers = checkpoints, progress, writers
+        self._checkpoints, self._progress, self._recording = checkpoints, progress, recording
         self._agreement, self._stop, self._watch = agreement, stop, watch
+        self._profiler = Profiler(config.profile_range, work.profile_dir)
         self._warm = self._validated = False
 
     def run(self) -> None:
@@ -68,11 +80,10 @@ class Loop:
             InconsistentError: the replicas do not hold the same weights.
         """
         progress = self._progress
-        with _Profiler(self._config.profile_range, self._config.model_dir) as profile:
+        with self._profiler:
             while not progress.finished:
-                first = progress.step
-                profile(first)
-                asked = self._train_until(self._next_boundary(first))
+                self._profiler.at(progress.step)
+                asked = self._train_until(self._next_boundary(progress.step))
                 # The end is validated too: it may lie within an epoch, and early stopping must know of it.
                 if self._plan.is_epoch_end(progress.step) or progress.step == self._plan.total_steps:
                     self._end_epoch()
@@ -88,12 +99,9 @@ class Loop:
 
     def _next_boundary(self, step: int) -> int:
         """The first step after `step` at which Python has something to do."""
-        multiples = (self._config.steps_per_loop, self._config.checkpoint_every_steps)
-        boundaries = [(step // multiple + 1) * multiple for multiple in multiples]
-        boundaries += [self._plan.next_epoch_end(step), self._plan.total_steps]
-        if profile := self._config.profile_range:
-            boundaries += [edge for edge in (profile[0] - 1, profile[1]) if edge > step]
-        return min(boundaries)
+        multiples = (self._config.steps_per_loop, self._config.checkpoint_every_steps, self._config.histograms_every)
+        boundaries = [(step // multiple + 1) * multiple for multiple in multiples if multiple]
+        return min(*boundaries, self._plan.next_epoch_end(step), self._plan.total_steps, *self._profiler.edges(step))
 
     def _is_due(self, step: int) -> bool:
         return step % self._config.checkpoint_every_steps == 0
@@ -113,20 +121,28 @@ class Loop:
         values = np.concatenate([np.ravel(local), [float(bool(self._stop.name))], checksums])
         totals = self._work.sum_over_workers(tf.constant(values)).numpy()
         seconds = time.perf_counter() - started
-        steps, (asked,) = totals[: local.shape[0] * 3].reshape(-1, 3), totals[local.shape[0] * 3 :][:1]
+        size = num_steps * TRAIN_COLUMNS
+        steps, asked = totals[:size].reshape(-1, TRAIN_COLUMNS), totals[size]
+        # By the wall clock where TensorFlow tells no time.
+        steps[:, STEP_SECS] = np.where(np.isnan(steps[:, STEP_SECS]), seconds / num_steps, steps[:, STEP_SECS])
         self._check_finite(steps)
         if compared:
             self._agreement.check_checksums(totals[-len(checksums) :], boundary)
         progress.step = boundary
         progress.train_seconds += seconds
-        speed = None
+        speed: dict[str, float | None] = {"images_per_second": None}
         if self._warm:  # The first call compiles.
             progress.timed_images += num_steps * self._config.global_batch_size
             progress.timed_seconds += seconds
-            speed = num_steps * self._config.global_batch_size / seconds
+            times = StepTimes.of(steps, self._work.exchange_secs)
+            speed = {"images_per_second": num_steps * self._config.global_batch_size / seconds, **times.record()}
             self._work.advise(seconds / num_steps)
+            self._work.observe(steps[:, STEP_SECS])
+            self._profiler.observe(steps, self._work.exchange_secs)
         self._warm = True
-        self._write("train", steps.sum(axis=0), images_per_second=speed, **self._optimizer_values())
+        self._write("train", steps.sum(axis=0), **self._optimizer_values(steps[:, GRADIENT_NORM]), **speed, **machine.memory())
+        if self._config.histograms_every and boundary % self._config.histograms_every == 0:
+            self._work.write_histograms(boundary)
         return bool(asked)
 
     def _check_finite(self, steps: np.ndarray) -> None:
@@ -137,9 +153,14 @@ class Loop:
                 f"--clip_norm; {self._checkpoints.describe()}"
             )
 
-    def _optimizer_values(self) -> dict[str, float]:
+    def _optimizer_values(self, norms: np.ndarray) -> dict[str, float | None]:
         optimizer = self._state.optimizer
-        values = {"learning_rate": float(self._state.schedule(optimizer.iterations.numpy() - 1))}
+        # Steps that overflowed in float16 were not taken.
+        finite = norms[np.isfinite(norms)]
+        values: dict[str, float | None] = {
+            "learning_rate": float(self._state.schedule(optimizer.iterations.numpy() - 1)),
+            "gradient_norm": float(finite.mean()) if len(finite) else None,
+        }
         if hasattr(optimizer, "dynamic_scale"):
             values["loss_scale"] = float(optimizer.dynamic_scale.numpy())
         return values
@@ -186,29 +207,4 @@ class Loop:
             **values,
         }
         with storage.stop_when_full("the metrics", self._checkpoints.describe):
-            self._writers.write(record)
-
-
-class _Profiler:
-    """Records the steps of `--profile_steps` for TensorBoard."""
-
-    def __init__(self, steps: tuple[int, int] | None, model_dir: str) -> None:
-        self._steps, self._folder, self._running = steps, f"{model_dir}/tensorboard", False
-
-    def __enter__(self) -> Callable[[int], None]:
-        return self._at
-
-    def _at(self, step: int) -> None:
-        if self._steps and not self._running and self._steps[0] - 1 <= step < self._steps[1]:
-            tf.profiler.experimental.start(self._folder)
-            self._running = True
-        elif self._steps and self._running and step >= self._steps[1]:
-            self._end()
-
-    def _end(self) -> None:
-        tf.profiler.experimental.stop()
-        self._running = False
-
-    def __exit__(self, *_: object) -> None:
-        if self._running:
-            self._end()
+            self._recording.write(record)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,15 @@ def require(findings: Sequence[Finding]) -> Iterator[Finding]:
             raise RequestError(str(finding))
         if finding.status == "note":
             yield finding
+
+
+def memory() -> dict[str, float]:
+    """What this process holds just now, in MiB: `memory_mib`, and `device_memory_mib` of its first GPU if it has one."""
+    path = Path("/proc/self/statm")
+    held = {"memory_mib": int(path.read_text().split()[1]) * resource.getpagesize() / 2**20} if path.exists() else {}
+    if tf.config.list_logical_devices("GPU"):
+        held["device_memory_mib"] = tf.config.experimental.get_memory_info("GPU:0")["current"] / 2**20
+    return held
 
 
 def check_versions(gpus: list[dict[str, Any]]) -> Finding:

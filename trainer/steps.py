@@ -7,7 +7,7 @@ Letters in shapes: b, batch of one replica; H, W, C, an image.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -20,17 +20,30 @@ from trainer.optimizers import Schedule
 
 # Columns of what training and evaluation return: sums over examples.
 LOSS, CORRECT, EXAMPLES = range(3)
+# Of training alone, means over replicas and over workers: the norm of the gradient, how long the step waited for its batch, and
+# how long it took.
+GRADIENT_NORM, INPUT_SECS, STEP_SECS = range(3, 6)
+TRAIN_COLUMNS = 6
 _MOST_16_BIT_REPLICAS = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class State:
-    """The variables of a job. `inference` holds the weights to evaluate: the model's, or their moving average."""
+    """The variables of a job.
+
+    Attributes:
+        model: what is trained.
+        inference: the weights to evaluate: the model's, or their moving average.
+        optimizer: with its own variables.
+        schedule: the learning rate over steps.
+        gradients: the last step's, where they are asked for; empty otherwise.
+    """
 
     model: keras.Model
     inference: keras.Model
     optimizer: keras.optimizers.Optimizer
     schedule: Schedule
+    gradients: Sequence[tf.Variable] = ()
 
 
 TrainLoop = Callable[[object, tf.Tensor, tf.Tensor], tf.Tensor]
@@ -43,9 +56,12 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
 
     Returns:
         A function of an iterator of `pipeline.train_dataset_fn`, the first step and the number of steps, int64 []. It gives
-        the sums of each step over this worker's replicas, float64 [steps, 3]: loss, correct answers, examples.
+        this worker's part of each step's numbers, float64 [steps, TRAIN_COLUMNS]; added up over workers they are sums over
+        examples and means of the rest. On GPUs, which work on their own, times are those at which work was handed over. With
+        `--deterministic` TensorFlow tells no time: they are NaN.
     """
     model, optimizer = state.model, state.optimizer
+    num_replicas, time_of = strategy.num_replicas_in_sync, _no_time if config.deterministic else _time_of
     gradients_fn = _make_gradients_fn(config, model, optimizer)
     dtype_sent = exchange_dtype(config, strategy)
     if config.jit_compile:
@@ -72,21 +88,42 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
                 gradient + 2 * config.l2 * scale * variable.value if _is_kernel(variable) else gradient
                 for gradient, variable in zip(gradients, model.trainable_variables, strict=True)
             ]
+        norm = tf.cast(tf.linalg.global_norm(gradients), tf.float64) / tf.cast(_loss_scale(optimizer), tf.float64)
+        for kept, gradient in zip(state.gradients, gradients, strict=True) if state.gradients else ():
+            kept.assign(gradient)
         optimizer.apply(gradients, model.trainable_variables)
-        return totals
+        # Given when the weights have been updated, so that the step has ended then.
+        with tf.control_dependencies([tf.convert_to_tensor(variable) for variable in model.trainable_variables]):
+            return tf.concat([totals, [norm / num_replicas]], axis=0)
 
     @tf.function
     def train_loop(iterator: object, first_step: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
-        totals = tf.TensorArray(tf.float64, size=tf.cast(num_steps, tf.int32), element_shape=[3])
+        rows = tf.TensorArray(tf.float64, size=tf.cast(num_steps, tf.int32), element_shape=[TRAIN_COLUMNS])
+        ended = time_of([])
         for index in tf.range(num_steps):
-            per_replica = strategy.run(replica_step, args=next(iterator))  # type: ignore[call-overload]
-            local = tf.add_n(strategy.experimental_local_results(per_replica))
-            totals = totals.write(tf.cast(index, tf.int32), local)
+            batch = next(iterator)  # type: ignore[call-overload]
+            ready = time_of(tf.nest.flatten(batch, expand_composites=True))
+            per_replica = strategy.experimental_local_results(strategy.run(replica_step, args=batch))
+            local, began = tf.add_n(per_replica), ended
+            ended = time_of([local])
+            # A batch may be ready before the step before it has ended.
+            seconds = tf.stack([tf.maximum(ready - began, 0), ended - began]) * len(per_replica) / num_replicas
+            rows = rows.write(tf.cast(index, tf.int32), tf.concat([local, seconds], axis=0))
             if config.ema_decay:
                 update_average(config.ema_decay, state, strategy, first_step + index)
-        return totals.stack()
+        return rows.stack()
 
     return train_loop
+
+
+def _time_of(tensors: list[tf.Tensor]) -> tf.Tensor:
+    """When all of these had been computed: float64 [], in seconds."""
+    with tf.control_dependencies(tensors):
+        return tf.timestamp()
+
+
+def _no_time(_: list[tf.Tensor]) -> tf.Tensor:
+    return tf.constant(float("nan"), tf.float64)
 
 
 def exchange_dtype(config: Config, strategy: tf.distribute.Strategy) -> tf.DType:

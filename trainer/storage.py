@@ -137,13 +137,18 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
     _sync(target.parent)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Replaces the file `target` by `text`."""
+
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    write_file(target, write)
+
+
 def write_json(target: Path, content: dict[str, Any]) -> None:
     """Replaces the file `target` by `content`, indented."""
-    write_file(target, lambda path: _write_text(path, json.dumps(content, indent=2) + "\n"))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    write_text(target, json.dumps(content, indent=2) + "\n")
 
 
 def _sync(path: Path) -> None:

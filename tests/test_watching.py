@@ -1,0 +1,247 @@
+"""What a run leaves to look at: TensorBoard's pages, the report, the Prometheus endpoint, the profile."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, arguments, lines_of
+from prometheus_client.parser import text_string_to_metric_families
+
+from trainer import figures, report, storage
+from trainer.config import Config
+from trainer.ports import free_ports
+from trainer.predictions import Predictions
+from trainer.step_times import StepTimes
+from trainer.steps import INPUT_SECS, STEP_SECS, TRAIN_COLUMNS
+
+
+def get(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        content = response.read()
+    return json.loads(content) if response.headers.get_content_type() == "application/json" else content
+
+
+def test_scalars_of_all_splits_share_a_chart(tensorboard: str, finished: Path) -> None:
+    tags = get(f"{tensorboard}/data/plugin/scalars/tags")
+    assert set(tags) == {f"run/tensorboard/{split}" for split in ("train", "validation", "test")}
+    for of_split in tags.values():
+        assert {"accuracy", "loss"} <= set(of_split)
+    assert {"optimizer/gradient_norm", "speed/step_ms_waiting_for_input", "system/memory_mib", "system/restarts"} <= set(
+        tags["run/tensorboard/train"]
+    )
+    points = get(f"{tensorboard}/data/plugin/scalars/scalars?run=run/tensorboard/train&tag=optimizer/gradient_norm")
+    recorded = [record["gradient_norm"] for record in lines_of(finished, "train")]
+    np.testing.assert_allclose([value for _, _, value in points], recorded, rtol=1e-5)
+    assert all(norm > 0 for norm in recorded)
+
+
+def test_custom_layout_reads_from_learning_to_system(tensorboard: str) -> None:
+    layout = get(f"{tensorboard}/data/plugin/custom_scalars/layout")
+    assert [category["title"] for category in layout["category"]] == ["Learning", "Optimizer", "Speed", "System"]
+    tags = get(f"{tensorboard}/data/plugin/scalars/tags")["run/tensorboard/train"]
+    for category in layout["category"]:
+        for chart in category["chart"]:
+            assert any(re.search(pattern, tag) for pattern in chart["multiline"]["tag"] for tag in tags), chart
+
+
+def test_pictures_are_shown_of_the_test_set(tensorboard: str) -> None:
+    tags = get(f"{tensorboard}/data/plugin/images/tags")["run/tensorboard/test"]
+    names = [tag.partition("_")[2] for tag in sorted(tags)]
+    assert names == ["confusion", "mistakes", "accuracy_by_class", "precision_and_recall", "roc", "calibration",
+                     "augmented_input", "first_kernels"]  # fmt: skip
+    for tag in tags:
+        (found,) = get(f"{tensorboard}/data/plugin/images/images?run=run/tensorboard/test&tag={tag}&sample=0")
+        content = get(f"{tensorboard}/data/plugin/images/individualImage?{found['query']}")
+        assert content.startswith(b"\x89PNG")
+
+
+def test_precision_and_recall_text_histograms_and_graph_are_shown(tensorboard: str) -> None:
+    curves = get(f"{tensorboard}/data/plugin/pr_curves/tags")["run/tensorboard/test"]
+    assert {f"precision_and_recall/{digit}/pr_curves" for digit in range(10)} == set(curves)
+    assert get(f"{tensorboard}/data/plugin/text/tags")["run/tensorboard/train"] == ["configuration", "environment"]
+    histograms = get(f"{tensorboard}/data/plugin/histograms/tags")["run/tensorboard/train"]
+    assert {"weights/logits/kernel", "weights_gradients/logits/kernel"} <= set(histograms)
+    gradients = get(
+        f"{tensorboard}/data/plugin/histograms/histograms?run=run/tensorboard/train&tag=weights_gradients/logits/kernel"
+    )
+    assert [step for _, step, _ in gradients] == [32, 64, 96]
+    # Buckets are [left, right, count]: a gradient is not zero everywhere, and has the kernel's size.
+    assert sum(count for _, _, count in gradients[0][2]) == 128 * 10
+    assert gradients[0][2][-1][1] > 0
+    assert get(f"{tensorboard}/data/plugin/graphs/info")["run/tensorboard/train"]["run_graph"]
+
+
+def test_features_of_the_test_set_are_in_the_projector(tensorboard: str) -> None:
+    assert get(f"{tensorboard}/data/plugin/projector/runs") == ["run/tensorboard/test"]
+    (embedding,) = get(f"{tensorboard}/data/plugin/projector/info?run=run/tensorboard/test")["embeddings"]
+    assert embedding["tensorShape"] == [203, 128]
+    metadata = get(f"{tensorboard}/data/plugin/projector/metadata?run=run/tensorboard/test&name=features").decode().splitlines()
+    assert len(metadata) == 204
+    assert metadata[0].split("\t") == ["true", "predicted", "confidence", "right"]
+    values = get(f"{tensorboard}/data/plugin/projector/tensor?run=run/tensorboard/test&name=features")
+    assert len(values) == 203 * 128 * 4
+    assert np.isfinite(np.frombuffer(values, np.float32)).all()
+    sprite = get(f"{tensorboard}/data/plugin/projector/sprite_image?run=run/tensorboard/test&name=features")
+    assert sprite.startswith(b"\x89PNG")
+
+
+def test_options_of_a_run_are_compared_with_those_of_others(tensorboard: str, finished: Path) -> None:
+    experiment = get(f"{tensorboard}/data/plugin/hparams/experiment", {"includeMetrics": True})
+    options = {info["name"] for info in experiment["hparamInfos"]}
+    assert {"learning_rate", "global_batch_size", "optimizer", "preset", "seed"} <= options
+    assert "model_dir" not in options
+    assert {"group": "validation", "tag": "accuracy"} in [info["name"] for info in experiment["metricInfos"]]
+    columns = [{"metric": {"group": "test", "tag": "accuracy"}}]
+    query = {"allowedStatuses": ["STATUS_UNKNOWN"], "colParams": columns, "startIndex": 0, "sliceSize": 10}
+    (group,) = get(f"{tensorboard}/data/plugin/hparams/session_groups", query)["sessionGroups"]
+    assert group["hparams"]["global_batch_size"] == 32
+    shown = {(value["name"]["group"], value["name"]["tag"]): value["value"] for value in group["metricValues"]}
+    assert shown["test", "accuracy"] == pytest.approx(storage.read_json(finished / "result.json")["test_accuracy"])  # type: ignore[index]
+
+
+def test_report_needs_nothing_but_itself(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    addresses = set(re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page))
+    assert all(address.startswith(("data:", "#")) for address in addresses), addresses
+    assert "<script" not in page
+    assert page.count("<svg") == 9
+    accuracy = storage.read_json(finished / "result.json")["test_accuracy"]  # type: ignore[index]
+    assert f"{100 * accuracy:.2f} %" in page
+    assert f"{100 * accuracy:.2f} %" in (finished / "report.md").read_text()
+    assert "waits for input" in page
+
+
+def test_test_set_can_be_left_for_later(start_job: Any) -> None:
+    result = start_job(test=False, report=True).finish()
+    assert result["test_accuracy"] is result["test_loss"] is result["test_examples"] is None
+    assert result["validation_accuracy"] > 0
+    folder = start_job(test=False).model_dir
+    assert not lines_of(folder, "test")
+    assert "(validation)" in (folder / "report.md").read_text()
+    assert "test accuracy" not in (folder / "report.html").read_text()
+    assert not (folder / "tensorboard/test").exists()
+
+
+def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any) -> None:
+    (port,) = free_ports(1)
+    job = start_job(epochs=1000, metrics_port=port)
+    job.wait_for(lambda: job.step() >= 20, "step 20")
+    text = get(f"http://127.0.0.1:{port}/metrics").decode()
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    samples = {
+        (sample.name, sample.labels.get("split", "")): sample.value for family in found.values() for sample in family.samples
+    }
+    assert samples["digitfleet_step", ""] >= 20
+    assert samples["digitfleet_restarts", ""] == 0
+    assert samples["digitfleet_total_steps", ""] == 16_000
+    assert 0 < samples["digitfleet_loss", "train"] < 10
+    assert samples["digitfleet_images_per_second", "train"] > 0
+    # The first call's steps, which compile, are not counted.
+    assert 0 < samples["digitfleet_step_seconds_count", ""] <= samples["digitfleet_step", ""] - 5
+    assert samples["digitfleet_step_seconds_sum", ""] > 0
+    other = subprocess.run(
+        [sys.executable, "-m", "trainer.task", *arguments({**TINY, "metrics_port": port, "model_dir": f"{job.model_dir}-2"})],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert other.returncode == 2, other.stderr
+    assert other.stderr.splitlines()[-1].startswith(f"trainer.task: --metrics_port={port}")
+    assert "Traceback" not in other.stderr
+
+
+def test_profile_is_written_and_judged(start_job: Any) -> None:
+    from xprof.convert import raw_to_tool_data
+
+    job = start_job(profile_steps="12,18", steps_per_loop=7)
+    job.finish()
+    (trace,) = job.model_dir.glob("tensorboard/plugins/profile/*/*.xplane.pb")
+    content, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], "framework_op_stats", {"tqx": ""})
+    assert b"Conv2D" in content if isinstance(content, bytes) else "Conv2D" in content
+    (line,) = [line for line in job.log.read_text().splitlines() if "profile of" in line]
+    assert "profile of 7 steps" in line
+    assert "of the step waits for input" in line
+
+
+@pytest.mark.parametrize(
+    ("step", "wait", "exchange", "words"),
+    [
+        (0.1, 0.001, 0.0, "1.0% of the step waits for input, 99.0% computes. Input keeps up"),
+        (0.1, 0.018, 0.0, "18.0% of the step waits for input, 82.0% computes. Input is too slow"),
+        (0.1, 0.0, 0.04, "about 40.0% exchanges gradients (timed alone at the start), 60.0% computes. Exchanging takes much"),
+        (0.1, 0.02, 0.5, "about 80.0% exchanges"),
+        (0.1, np.nan, 0.0, "what waits for input is not measured with --deterministic, 100.0% computes."),
+    ],
+)
+def test_verdict_names_what_to_do(step: float, wait: float, exchange: float, words: str) -> None:
+    rows = np.zeros([4, TRAIN_COLUMNS])
+    rows[:, STEP_SECS], rows[:, INPUT_SECS] = step, wait
+    assert words in StepTimes.of(rows, exchange).verdict()
+
+
+def predictions(num_examples: int, num_classes: int, channels: int = 1, **changes: Any) -> Predictions:
+    random = np.random.default_rng(1)
+    probabilities = random.dirichlet(np.ones(num_classes), num_examples).astype(np.float32)
+    values = {
+        "split": "test",
+        "images": random.integers(0, 256, (num_examples, 11, 12, channels), np.uint8),
+        "labels": random.integers(0, num_classes, num_examples).astype(np.int32),
+        "probabilities": probabilities,
+        "features": np.zeros([num_examples, 0], np.float32),
+        "class_names": tuple(f"class number {index}" for index in range(num_classes)),
+    }
+    return Predictions(**{**values, **changes})
+
+
+UNUSUAL = {
+    "one example": predictions(1, 2),
+    "many classes": predictions(300, 47),
+    "colour": predictions(40, 3, channels=3),
+    "classes without examples": predictions(20, 5, labels=np.zeros(20, np.int32)),
+    "no mistakes": predictions(20, 2, labels=np.zeros(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
+    "all wrong": predictions(20, 2, labels=np.ones(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
+    "all alike": predictions(20, 4, probabilities=np.full([20, 4], 0.25, np.float32)),
+    "markup": predictions(30, 2, class_names=("<b>&|", "$x_{$")),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -> None:
+    shown = UNUSUAL[name]
+    drawn = figures.of_predictions(shown)
+    for figure in drawn.values():
+        assert figures.png(figure).startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0.5, "split": "train", "loss": null, "accuracy": 0.5, "images_per_second": null}\n'
+    )
+    result = {"test_accuracy": 0.5, "test_examples": 1, "test_loss": 0.1, "validation_accuracy": None, "train_seconds": 1.0,
+              "steps": 1, "epochs": 0.5, "images_per_second": 1.0, "num_replicas": 1, "strategy": "one_device", "restarts": 0,
+              "weights_sha256": "0" * 64}  # fmt: skip
+    report.write(tmp_path, Config(model_dir=str(tmp_path)), result, drawn, shown)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 7
+    assert "<b>" not in page
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    sure = np.tile(np.float32([[0.9, 0.1]]), (10, 1))
+    assert figures.calibration_error(predictions(10, 2, labels=np.int32([0] * 9 + [1]), probabilities=sure)) == pytest.approx(
+        0, abs=1e-6
+    )
+    assert figures.calibration_error(predictions(10, 2, labels=np.int32([0] * 5 + [1] * 5), probabilities=sure)) == pytest.approx(
+        0.4
+    )
+
+
+def test_texts_in_pictures_take_the_colour_of_the_page() -> None:
+    text = figures.svg(figures.confusion(predictions(30, 3)))
+    assert "currentColor" in text
+    assert "#1f2430" not in text
+    # No ground of its own.
+    assert re.search(r'id="patch_1">\s*<path[^>]*style="fill: none', text)

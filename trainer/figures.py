@@ -1,0 +1,252 @@
+"""Pictures of what a model knows and does not, by matplotlib and scikit-learn's displays. Functions of predictions only.
+
+Each is drawn once: `png` gives it a light ground of its own, `svg` leaves the ground and the colour of its text to the page.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn import metrics
+from sklearn.calibration import CalibrationDisplay
+
+from trainer.predictions import Predictions
+
+# No colour of text that anything else has: `svg` replaces it by the page's own.
+_INK = "#1f2430"
+_STYLE: dict[Any, Any] = {
+    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False,
+    "font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "digitfleet",
+    "image.cmap": "gray", "text.parse_math": False,
+}  # fmt: skip
+_BLUE, _ORANGE = "#2f7ed8", "#e8743b"
+# More classes than these are shown by their worst ones.
+_MOST_CLASSES = 20
+_MOST_CURVES = 10
+_BINS = 10
+
+
+@mpl.rc_context(_STYLE)
+def png(figure: Figure) -> bytes:
+    """The figure on a light ground: legible wherever it is shown."""
+    with io.BytesIO() as content:
+        figure.savefig(content, format="png", dpi=110, facecolor="white")
+        return content.getvalue()
+
+
+@mpl.rc_context(_STYLE)
+def svg(figure: Figure) -> str:
+    """The figure as an element to put into a page: no ground, and text in the page's colour."""
+    with io.StringIO() as content:
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+        text = content.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
+def of_predictions(predictions: Predictions) -> dict[str, Figure]:
+    """All pictures of predictions, by name, in the order in which to read them."""
+    return {
+        "confusion": confusion(predictions),
+        "mistakes": mistakes(predictions),
+        "accuracy_by_class": accuracy_by_class(predictions),
+        "precision_and_recall": precision_and_recall(predictions),
+        "roc": roc(predictions),
+        "calibration": calibration(predictions),
+    }
+
+
+@mpl.rc_context(_STYLE)
+def confusion(predictions: Predictions) -> Figure:
+    """How often each class was taken for each: rows are what it was, columns what it was taken for."""
+    shown = _worst_classes(predictions, _MOST_CLASSES)
+    among = np.isin(predictions.labels, shown) & np.isin(predictions.predicted, shown)
+    figure, (axes,) = _subplots(1, (5.6, 5.2))
+    matrix = metrics.confusion_matrix(predictions.labels[among], predictions.predicted[among], labels=shown)
+    # The diagonal would outshine all mistakes.
+    off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
+    names = [predictions.class_names[label] for label in shown]
+    display = metrics.ConfusionMatrixDisplay(matrix, display_labels=names)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=len(shown) <= _MOST_CLASSES)
+    display.im_.set_data(off_diagonal)
+    display.im_.set_clim(0, max(off_diagonal.max(), 1))
+    for text, (row, column) in zip(display.text_.ravel(), np.ndindex(matrix.shape), strict=True):
+        dark = off_diagonal[row, column] > off_diagonal.max() / 2
+        text.set_color("white" if dark else "#777" if not matrix[row, column] else "#123")
+        text.set_fontweight("bold" if row == column else "normal")
+    _turn_long(axes, names)
+    figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only", fontsize=9)
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def mistakes(predictions: Predictions, most: int = 32) -> Figure:
+    """The wrong answers that the model was surest of, with what is true and what it said."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
+    names = [name[:9] for name in predictions.class_names]
+    titles = [
+        f"{names[predictions.labels[index]]} → {names[predictions.predicted[index]]}\n{predictions.confidence[index]:.0%}"
+        for index in wrong
+    ]
+    return pictures(predictions.images[wrong], titles or ["no mistakes"])
+
+
+@mpl.rc_context(_STYLE)
+def accuracy_by_class(predictions: Predictions) -> Figure:
+    """The share of each class's examples that were recognised; the worst classes where there are many."""
+    shown = _worst_classes(predictions, _MOST_CLASSES)
+    shares = _recalls(predictions)[shown]
+    figure, (axes,) = _subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
+    bars = axes.barh([predictions.class_names[label] for label in shown], 100 * shares, color=_BLUE)
+    axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
+    axes.set_xlabel("recognised, %")
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def precision_and_recall(predictions: Predictions) -> Figure:
+    """One curve a class, against all others."""
+
+    def draw(label: int, axes: Axes) -> None:
+        metrics.PrecisionRecallDisplay.from_predictions(
+            predictions.labels == label, predictions.probabilities[:, label], ax=axes, drop_intermediate=True,
+            name=predictions.class_names[label],
+        )  # fmt: skip
+
+    return _curves(predictions, draw, "recall", "precision", (0.9, 1.005), (0.9, 1.005))
+
+
+@mpl.rc_context(_STYLE)
+def roc(predictions: Predictions) -> Figure:
+    """True against false positives, one curve a class, on a scale that shows what is near to none."""
+
+    def draw(label: int, axes: Axes) -> None:
+        metrics.RocCurveDisplay.from_predictions(
+            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=predictions.class_names[label]
+        )
+
+    figure = _curves(predictions, draw, "false positives", "true positives", (1e-4, 1), (0.9, 1.005))
+    figure.axes[0].set_xscale("log")
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def calibration(predictions: Predictions) -> Figure:
+    """Whether the model is right as often as it says: right answers against confidence, in ten bins, and how many each holds."""
+    right = predictions.predicted == predictions.labels
+    figure, (axes, below) = _subplots(2, (5.0, 5.6), height_ratios=[3, 1])
+    CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=_BLUE)
+    axes.lines[0].set_color(_INK)
+    axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
+    below.hist(predictions.confidence, bins=50, log=True, color=_BLUE)
+    below.set(xlabel="confidence", ylabel="examples", xlim=axes.get_xlim())
+    return figure
+
+
+def calibration_error(predictions: Predictions) -> float:
+    """Expected calibration error over ten bins of equal width (Guo et al., https://arxiv.org/abs/1706.04599), in [0, 1]."""
+    right, confidence = predictions.predicted == predictions.labels, predictions.confidence
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [abs(right[bins == index].sum() - confidence[bins == index].sum()) for index in range(_BINS)]
+    return float(sum(gaps) / len(right))
+
+
+@mpl.rc_context(_STYLE)
+def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -> Figure:
+    """Images in rows.
+
+    Args:
+        images: [n, H, W, C], uint8 or float; C is 1 or 3.
+        titles: one an image; a single one for none at all.
+        columns: images a row.
+    """
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure((0.8 * columns, 0.3 + (1.0 if titles else 0.8) * rows), layout="constrained")
+    for axes in (cells := figure.subplots(rows, columns, squeeze=False).ravel()):
+        axes.set_axis_off()
+    for axes, image in zip(cells, images, strict=False):
+        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image.astype(np.uint8), interpolation="nearest")
+    for axes, title in zip(cells, titles, strict=False):
+        axes.set_title(title, fontsize=7.5)
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def kernels(weights: np.ndarray, most: int = 64) -> Figure:
+    """The kernels of a convolution, [height, width, in, out], averaged over input channels; orange is negative, blue positive."""
+    shown = weights.mean(axis=2).transpose(2, 0, 1)[:most]
+    limit = np.abs(shown).max() or 1
+    figure = pictures(shown[..., np.newaxis], columns=16)
+    figure.set_size_inches(6.4, 0.2 + 0.45 * math.ceil(len(shown) / 16))
+    for axes in figure.axes:
+        for image in axes.get_images():
+            image.set(
+                cmap=mpl.colors.LinearSegmentedColormap.from_list("signed", [_ORANGE, "white", _BLUE]), clim=(-limit, limit)
+            )
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str) -> Figure:
+    """Curves over a common axis: panels, one below the other, by title; in each, curves (x, y) by name."""
+    figure, all_axes = _subplots(len(panels), (8.4, 2.0 * len(panels)), sharex=True)
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, (x, y) in curves.items():
+            axes.plot(x, y, label=name, marker="o" if len(x) == 1 else None, linewidth=1.4)
+        axes.set_title(title, loc="left")
+        axes.grid(alpha=0.25)
+        if len(curves) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    all_axes[-1].set_xlabel(xlabel)
+    return figure
+
+
+def _subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, 1, squeeze=False, **options).ravel().tolist()
+
+
+def _curves(
+    predictions: Predictions,
+    draw: Callable[[int, Axes], None],
+    xlabel: str,
+    ylabel: str,
+    xlim: tuple[float, float],
+    ylim: tuple[float, float],
+) -> Figure:
+    figure, (axes,) = _subplots(1, (6.4, 4.4))
+    for label in _worst_classes(predictions, _MOST_CURVES):
+        # A curve needs examples that are of the class, and others.
+        if len(np.unique(predictions.labels == label)) == 2:
+            draw(label, axes)
+    axes.set_aspect("auto")
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=xlim, ylim=ylim)
+    if axes.lines:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return figure
+
+
+def _recalls(predictions: Predictions) -> np.ndarray:
+    """The share of right answers of each class, float64 [k]; 1 for a class without examples."""
+    num_classes = predictions.probabilities.shape[1]
+    right = predictions.predicted == predictions.labels
+    of_class = np.bincount(predictions.labels, minlength=num_classes)
+    return np.where(of_class, np.bincount(predictions.labels, right, num_classes) / np.maximum(of_class, 1), 1.0)
+
+
+def _worst_classes(predictions: Predictions, most: int) -> np.ndarray:
+    """All classes or, of many, those with the smallest share of right answers; in their own order."""
+    return np.sort(np.argsort(_recalls(predictions), kind="stable")[:most])
+
+
+def _turn_long(axes: Axes, names: Sequence[str]) -> None:
+    if max(map(len, names)) > 3:
+        axes.tick_params(axis="x", rotation=90)

@@ -1,0 +1,137 @@
+"""The report of a finished job: `report.html`, a page that needs nothing but itself, and `report.md` for code review."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+
+from trainer import figures, storage
+from trainer.config import Config
+from trainer.metrics import Record
+from trainer.predictions import Predictions
+from trainer.presets import PRESETS
+from trainer.step_times import StepTimes
+
+# What each picture is to tell.
+_CAPTIONS = {
+    "confusion": "Confusion matrix",
+    "mistakes": "The mistakes it was surest of: true → predicted",
+    "accuracy_by_class": "Accuracy by class",
+    "precision_and_recall": "Precision and recall, each class against the others",
+    "roc": "Receiver operating characteristic (logarithmic)",
+    "calibration": "Calibration: is it right as often as it says?",
+    "augmented_input": "What it was trained on: augmented input",
+    "first_kernels": "Kernels of the first convolution",
+}
+_MOST_POINTS = 2_000
+_MOST_MISTAKES = 20
+
+
+def write(
+    model_dir: Path, config: Config, result: Mapping[str, Any], drawn: Mapping[str, Figure], predictions: Predictions
+) -> None:
+    """Writes both reports into the folder of a run.
+
+    Args:
+        model_dir: with config.json and metrics.jsonl.
+        config: the job's.
+        result: the content of result.json.
+        drawn: the pictures of `gallery.draw`.
+        predictions: what they show.
+    """
+    run = storage.read_json(model_dir / "config.json") or {}
+    records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    values = {
+        "name": model_dir.name,
+        "result": result,
+        "split": predictions.split,
+        "calibration_error": figures.calibration_error(predictions),
+        "verdict": _verdict(records),
+        "starts": _starts(run.get("starts", [])),
+        "options": _options(config),
+        "environment": {**run.get("versions", {}), **run.get("topology", {})},
+        "mistakes": _mistakes(predictions),
+        "curves": figures.svg(_curves(records)),
+        "pictures": [(_CAPTIONS[name], figures.svg(figure)) for name, figure in drawn.items()],
+    }
+    for name in ("report.html", "report.md"):
+        storage.write_text(model_dir / name, render(name, values))
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A file of `templates/` filled in; in pages what looks like markup is escaped, except for pictures."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    return environment.get_template(template).render(values)
+
+
+def _curves(records: list[Record]) -> Figure:
+    splits = {split: [record for record in records if record["split"] == split] for split in ("train", "validation", "test")}
+
+    def curves(key: str, factor: float = 1.0) -> dict[str, tuple[list[float], list[float]]]:
+        found = {}
+        for split, of_split in splits.items():
+            points = [(record["epoch"], factor * record[key]) for record in of_split if record.get(key) is not None]
+            points = points[:: math.ceil(len(points) / _MOST_POINTS) or 1]
+            if points:
+                found[split] = tuple(map(list, zip(*points, strict=True)))
+        return found  # type: ignore[return-value]
+
+    panels = {
+        "accuracy, %": curves("accuracy", 100),
+        "loss": curves("loss"),
+        "learning rate": curves("learning_rate"),
+        "norm of the gradient": curves("gradient_norm"),
+        "images per second": curves("images_per_second"),
+    }
+    return figures.lines({title: found for title, found in panels.items() if found}, "epoch")
+
+
+def _verdict(records: list[Record]) -> str:
+    """Where the steps' time went, over the whole run; empty where it was too short to tell."""
+    names = [field.name for field in dataclasses.fields(StepTimes)]
+    timed = np.array([[record[name] for name in names] for record in records if record.get("step_ms")], np.float64)
+    if not len(timed):
+        return ""
+    means = {name: None if np.isnan(mean) else float(mean) for name, mean in zip(names, timed.mean(axis=0), strict=True)}
+    return StepTimes(**means).verdict()  # type: ignore[arg-type]
+
+
+def _starts(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each start with how it ended; a process that was killed has left no word."""
+    ends = [start.get("ended", "without a word: killed, or its machine was lost") for start in starts[:-1]] + ["finished"]
+    return [{"step": 0, **start, "ended": end} for start, end in zip(starts, ends, strict=False)]
+
+
+def _options(config: Config) -> list[tuple[str, Any, bool]]:
+    """Name and value of each option, and whether it is another one than in the preset `default`."""
+    fields = dataclasses.fields(config)
+    chosen = set(PRESETS.get(config.preset, {}))
+    return [
+        (field.name, value, field.name in chosen or value != field.default)
+        for field in fields
+        for value in [getattr(config, field.name)]
+    ]
+
+
+def _mistakes(predictions: Predictions) -> list[tuple[int, str, str, float]]:
+    """Position, true class, predicted class and confidence of the wrong answers that the model was surest of."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_MOST_MISTAKES]
+    names = predictions.class_names
+    return [
+        (int(index), names[predictions.labels[index]], names[predictions.predicted[index]], float(predictions.confidence[index]))
+        for index in wrong
+    ]
