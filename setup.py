@@ -25,6 +25,7 @@ _REQUIRES = [
     "jinja2>=3.1,<4",
     "matplotlib>=3.10,<4",
     "numpy>=2.0,<3",
+    "optuna>=5.0,<6",
     "pillow>=11,<14",
     "prometheus-client>=0.22,<1",
     "pyyaml>=6.0.2,<7",
@@ -46,7 +47,7 @@ setup(
     packages=["trainer", "launch", "launch.kustomize"],
     package_dir={"launch.kustomize": "k8s"},
     package_data={
-        "trainer": ["mnist/*", "page/*", "templates/*", "py.typed"],
+        "trainer": ["mnist/*", "page/*", "space.yaml", "templates/*", "py.typed"],
         "launch": ["slurm.sbatch"],
         "launch.kustomize": ["**/*.yaml", "Dockerfile"],
     },

@@ -13,7 +13,7 @@ from launch.kubectl import Object
 from trainer.errors import RequestError
 
 # Components that bring what runs. Those that change a worker's pod come before, what changes the job itself after.
-_WORKLOADS = ("job", "jobset", "trainjob", "tfjob", "sweep")
+_WORKLOADS = ("job", "jobset", "trainjob", "tfjob", "sweep", "tune")
 _BEFORE = ("tensorboard", "data-service", "cpu", "spot", "storage-gcs", "storage-s3")
 _AFTER = ("kueue",)
 

@@ -20,6 +20,7 @@ from launch.workload import (
     containers,
     find_workload,
     is_ours,
+    is_search,
     is_sweep,
     main_container,
     num_workers,
@@ -135,6 +136,8 @@ def _set_resources(container: Object, request: Request) -> None:
 def _set_workers(objects: list[Object], workload: Object, number: int) -> None:
     if is_sweep(workload):
         workload["spec"]["parallelism"] = number
+        if is_search(workload):
+            workload["spec"]["completions"] = number
         return
     if number > 1 and workload["kind"] == "Job" and "subdomain" not in workload["spec"]["template"]["spec"]:
         raise RequestError(f"--workers={number}: this overlay is for one worker; take --overlay=multi-worker")
@@ -152,7 +155,7 @@ def _set_workers(objects: list[Object], workload: Object, number: int) -> None:
 
 def _set_trials(objects: list[Object], workload: Object, request: Request) -> None:
     trials = next((found for found in objects if found["kind"] == "ConfigMap"), None)
-    if not (trials and is_sweep(workload)):
+    if not trials or not is_sweep(workload) or is_search(workload):
         raise RequestError(f"--trials: the overlay {request.overlay} is no sweep; take --overlay=sweep")
     for number, flags in enumerate(request.trials):
         _check_trial(number, flags, objects, workload, request.task)

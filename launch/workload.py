@@ -63,8 +63,13 @@ def selector(workload: Object) -> str:
 
 
 def is_sweep(workload: Object) -> bool:
-    """Whether each pod trains alone, with flags of its own."""
-    return any(flag.startswith(TRIAL_FLAG) for flag in main_container(workload).get("args", []))
+    """Whether each pod trains alone: with flags of its own, or as a part of a search."""
+    return is_search(workload) or any(flag.startswith(TRIAL_FLAG) for flag in main_container(workload).get("args", []))
+
+
+def is_search(workload: Object) -> bool:
+    """Whether its pods do the trials of one search, as many at a time as there are pods."""
+    return "trainer.tune" in main_container(workload).get("command", [])
 
 
 def containers(tree: Any) -> Iterator[Object]:

@@ -132,6 +132,7 @@ def _expand(text: str, environment: dict[str, str]) -> str:
 
 
 def flags(pod: Pod) -> list[str]:
-    """The flags of trainer.task in a pod's command line, files of flags left out."""
-    start = max(index for index, word in enumerate(pod.command) if word == "trainer.task") + 1
+    """The flags of trainer.task in a pod's command line, files of flags left out; of a search, those of its trials."""
+    first = "--" if "trainer.tune" in pod.command else "trainer.task"
+    start = max(index for index, word in enumerate(pod.command) if word == first) + 1
     return [word for word in pod.command[start:] if not word.startswith("--flagfile")]

@@ -46,7 +46,7 @@ def test_environment_is_read_in_one_module() -> None:
 
 
 def test_flags_are_read_by_the_commands_alone() -> None:
-    commands = {"task", "evaluate", "predict", "serve", "prepare", "data_server", "doctor", "cli"}
+    commands = {"task", "evaluate", "predict", "serve", "prepare", "data_server", "doctor", "tune", "cli"}
     for name, tree in MODULES.items():
         reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "FLAGS"]
         assert not reads or name in commands, name
@@ -56,7 +56,8 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
     """TensorFlow takes seconds: a wrong flag is told at once."""
     light = set(
         "task doctor prepare serve data_server flags config options presets cli cluster sources dataset collection formats "
-        "records idx pictures children convert shards synthetic errors storage signals console".split()
+        "records idx pictures children convert shards synthetic errors storage signals console tune search space trial winner "
+        "evaluate".split()
     )
     for name in light:
         for node in MODULES[name].body:

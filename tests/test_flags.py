@@ -41,7 +41,7 @@ WRONG = [
     ["--checkpoint_every_steps=0"], ["--keep_checkpoints=0"], ["--num_devices=-2"], ["--num_devices=2", "--strategy=one_device"],
     ["--profile_steps=100"], ["--profile_steps=20,10"], ["--profile_steps=a,b"], ["--profile_steps=0,5"],
     ["--target_accuracy=1.5"], ["--target_accuracy=0.9", "--validation_fraction=0"], ["--no_such_flag"], ["--batch_size=3"],
-    ["train"], ["--model_dir=gs://bucket/run"], ["--resume=2"],
+    ["train"], ["--model_dir=gs://bucket/run"], ["--resume=2"], ["--preset=none.yaml"],
     ["--histograms_every=-1"], ["--metrics_port=70000"], ["--metrics_port=-1"], ["--report=perhaps"],
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ import kubernetes_validate
 import pods
 import pytest
 import yaml
+from absl import flags
 from conftest import ROOT
 
 from launch import kubectl, manifests
@@ -19,13 +20,14 @@ from launch.arguments import task_config
 from launch.quantities import quantity
 from launch.rendering import render
 from launch.request import Request
-from trainer import cluster
+from trainer import cluster, space, tune
+from trainer import flags as task_flags
 from trainer.errors import RequestError
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 TRAINING = [name for name in OVERLAYS if name not in ("tensorboard", "kueue-queue")]
-DISTRIBUTED = [name for name in TRAINING if name not in ("single-node", "sweep")]
+DISTRIBUTED = [name for name in TRAINING if name not in ("single-node", "sweep", "tune")]
 # The oldest that knows all of it without a feature gate, and the newest.
 VERSIONS = ["1.31", "1.34", "1.37"]
 CRDS = os.environ.get("DIGITFLEET_CRDS", "")
@@ -203,7 +205,7 @@ def test_selectors_find_the_pods_that_they_are_for(build: Any) -> None:
 def test_command_is_one_that_trainer_task_understands(overlay: str) -> None:
     for pod in pods.of(objects(overlay)):
         config = task_config(pods.flags(pod))
-        assert config.model_dir.startswith("/data/runs/digitfleet")
+        assert config.model_dir.startswith("/data/runs/digitfleet") or overlay == "tune"
         assert config.grace_period < pod.spec["terminationGracePeriodSeconds"]
         assert "$(" not in " ".join(pod.command)
 
@@ -220,7 +222,7 @@ def test_workers_find_each_other(overlay: str) -> None:
     assert port == 2222
 
 
-@pytest.mark.parametrize("overlay", ["single-node", "sweep"])
+@pytest.mark.parametrize("overlay", ["single-node", "sweep", "tune"])
 def test_pods_that_train_alone_look_for_nobody(overlay: str) -> None:
     for pod in pods.of(objects(overlay)):
         assert cluster.from_environment(pod.environment).workers == ()
@@ -235,6 +237,25 @@ def test_trials_of_a_sweep_have_their_own_folders_and_flags() -> None:
     for index, pod in enumerate(started):
         assert f"--flagfile=/trials/{index}" in pod.command
         assert task_config([*pods.flags(pod), *trials[str(index)].split()])
+
+
+def test_pods_of_a_search_share_it() -> None:
+    started = pods.of(objects("tune"))
+    assert len(started) == 4
+    (command,) = {tuple(pod.command) for pod in started}
+    assert command[:5] == ("dumb-init", "--", "python", "-m", "trainer.tune")
+    values = flags.FlagValues()
+    tune.define_flags(values)
+    assert task_flags.parse(values, command[4:])[1:] == pods.flags(started[0])
+    assert values["study_dir"].value == "/data/runs/digitfleet"
+    config, searched = tune.task_of(pods.flags(started[0]), space.DEFAULT)
+    assert searched
+    # The trial's end, and then the search's.
+    assert config.grace_period + 10 < started[0].spec["terminationGracePeriodSeconds"]
+    found = render(Request(overlay="tune", workers=7, task=("--epochs=3",)))
+    (job,) = [one for one in found if one["kind"] == "Job"]
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (7, 7)
+    assert pods.flags(pods.of(found)[0])[-1] == "--epochs=3"
 
 
 @pytest.mark.parametrize("overlay", [name for name in TRAINING if name != "tfjob"])
@@ -306,7 +327,7 @@ def test_components_go_together() -> None:
 
 
 def test_queue_holds_jobs_back_whatever_their_kind() -> None:
-    for overlay in ("multi-worker", "jobset", "trainjob", "tfjob", "sweep"):
+    for overlay in ("multi-worker", "jobset", "trainjob", "tfjob", "sweep", "tune"):
         (found,) = [one for one in manifests.build(overlay, ["kueue"]) if one["kind"] in pods.KINDS]
         assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "digitfleet"
         assert (found["spec"].get("runPolicy") or found["spec"])["suspend"] is True

@@ -1,21 +1,26 @@
-"""Processes that do part of a program's work: none outlives it, none answers Ctrl-C for it, none touches a GPU."""
+"""Processes that do part of a program's work: none outlives it, none answers Ctrl-C for it."""
 
 import concurrent.futures
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer import cli, cluster
 
 _PR_SET_PDEATHSIG = 1
+# Loaded now: between fork and exec of a process with threads, loading may wait for ever.
+_LIBC = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
 def pool(num_processes: int, prepare: Callable[..., None], *arguments: Any) -> Iterator[concurrent.futures.Executor]:
-    """Fresh processes, each of which calls `prepare` first. What they do when the block fails is not waited for."""
+    """Fresh processes without GPUs, each of which calls `prepare` first. What they do when the block fails is not waited for."""
     context = multiprocessing.get_context("spawn")
     executor = concurrent.futures.ProcessPoolExecutor(num_processes, context, _start, (prepare, arguments))
     try:
@@ -37,6 +42,42 @@ def import_tensorflow() -> None:
 
 def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cluster.hide_gpus()
     prepare(*arguments)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a program in a session of its own; what it says is appended to a file.
+
+    The thread that calls this must last as long as the program: the system ends the one with the other.
+    """
+    parent = os.getpid()
+
+    def end_with_parent() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # It was gone before the system was asked.
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Asks a program of `start` to end, and kills it and what it has started if it still runs after so many seconds."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if seconds > 0 and process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(seconds)
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -106,4 +106,4 @@ class Start:
         if kind:
             # What ended the job may be that nothing can be written.
             with contextlib.suppress(OSError, JobError):
-                self.note(ended=" ".join(str(error).split())[:300] or kind.__name__)
+                self.note(ended=" ".join(str(error).split())[:300] or kind.__name__, error=kind.__name__)

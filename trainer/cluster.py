@@ -72,6 +72,23 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
+def alone(
+    place: int, num_places: int, environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> dict[str, str]:
+    """The environment of a process that trains alone, whatever cluster this one is in, with its share of this machine's GPUs.
+
+    Args:
+        place: which of the processes that train side by side it is.
+        num_places: how many there are; where GPUs are fewer, several use one.
+        environment: this process's.
+        devices: as for `visible_gpus`.
+    """
+    gpus = visible_gpus(environment, devices)
+    share = gpus[place::num_places] or gpus[place % max(len(gpus), 1) :][:1]
+    # The first source that answers counts, and this one says that there are no others.
+    return {**environment, "TF_CONFIG": "{}", **({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {})}
+
+
 def main() -> int:
     """Prints the cluster as JSON; returns the exit code."""
     try:

@@ -21,7 +21,12 @@ STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
 class Config:
     """Everything a job needs to know, checked. Raises `RequestError` on a value that cannot be met."""
 
-    preset: str = option("default", "Complete configuration by name; other flags override it.", result=False, shared=False)
+    preset: str = option(
+        "default",
+        "Complete configuration by name, or a YAML file of options as trainer.tune writes it; other flags override it.",
+        result=False,
+        shared=False,
+    )
     strategy: str = option(
         "auto",
         "tf.distribute strategy. auto: multi_worker in a cluster, mirrored with several devices, else one_device.",

@@ -3,10 +3,12 @@
 Each is drawn once: `png` gives it a light ground of its own, `svg` leaves the ground and the colour of its text to the page.
 """
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,24 +17,26 @@ from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.calibration import CalibrationDisplay
 
-from trainer.predictions import Predictions
+# Drawing needs no TensorFlow, which predictions are made with.
+if TYPE_CHECKING:
+    from trainer.predictions import Predictions
 
 # No colour of text that anything else has: `svg` replaces it by the page's own.
 _INK = "#1f2430"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False,
     "font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "digitfleet",
     "image.cmap": "gray", "text.parse_math": False,
 }  # fmt: skip
-_BLUE, _ORANGE = "#2f7ed8", "#e8743b"
+BLUE, ORANGE = "#2f7ed8", "#e8743b"
 # More classes than these are shown by their worst ones.
 _MOST_CLASSES = 20
 _MOST_CURVES = 10
 _BINS = 10
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def png(figure: Figure) -> bytes:
     """The figure on a light ground: legible wherever it is shown."""
     with io.BytesIO() as content:
@@ -40,7 +44,7 @@ def png(figure: Figure) -> bytes:
         return content.getvalue()
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def svg(figure: Figure) -> str:
     """The figure as an element to put into a page: no ground, and text in the page's colour."""
     with io.StringIO() as content:
@@ -61,12 +65,12 @@ def of_predictions(predictions: Predictions) -> dict[str, Figure]:
     }
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def confusion(predictions: Predictions) -> Figure:
     """How often each class was taken for each: rows are what it was, columns what it was taken for."""
     shown = _worst_classes(predictions, _MOST_CLASSES)
     among = np.isin(predictions.labels, shown) & np.isin(predictions.predicted, shown)
-    figure, (axes,) = _subplots(1, (5.6, 5.2))
+    figure, (axes,) = subplots(1, (5.6, 5.2))
     matrix = metrics.confusion_matrix(predictions.labels[among], predictions.predicted[among], labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
@@ -84,7 +88,7 @@ def confusion(predictions: Predictions) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
@@ -97,13 +101,13 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     return pictures(predictions.images[wrong], titles or ["no mistakes"])
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def accuracy_by_class(predictions: Predictions) -> Figure:
     """The share of each class's examples that were recognised; the worst classes where there are many."""
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
-    figure, (axes,) = _subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    bars = axes.barh([predictions.class_names[label] for label in shown], 100 * shares, color=_BLUE)
+    figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
+    bars = axes.barh([predictions.class_names[label] for label in shown], 100 * shares, color=BLUE)
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -111,7 +115,7 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def precision_and_recall(predictions: Predictions) -> Figure:
     """One curve a class, against all others."""
 
@@ -124,7 +128,7 @@ def precision_and_recall(predictions: Predictions) -> Figure:
     return _curves(predictions, draw, "recall", "precision", (0.9, 1.005), (0.9, 1.005))
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def roc(predictions: Predictions) -> Figure:
     """True against false positives, one curve a class, on a scale that shows what is near to none."""
 
@@ -138,15 +142,15 @@ def roc(predictions: Predictions) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def calibration(predictions: Predictions) -> Figure:
     """Whether the model is right as often as it says: right answers against confidence, in ten bins, and how many each holds."""
     right = predictions.predicted == predictions.labels
-    figure, (axes, below) = _subplots(2, (5.0, 5.6), height_ratios=[3, 1])
-    CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=_BLUE)
+    figure, (axes, below) = subplots(2, (5.0, 5.6), height_ratios=[3, 1])
+    CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=BLUE)
     axes.lines[0].set_color(_INK)
     axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
-    below.hist(predictions.confidence, bins=50, log=True, color=_BLUE)
+    below.hist(predictions.confidence, bins=50, log=True, color=BLUE)
     below.set(xlabel="confidence", ylabel="examples", xlim=axes.get_xlim())
     return figure
 
@@ -159,7 +163,7 @@ def calibration_error(predictions: Predictions) -> float:
     return float(sum(gaps) / len(right))
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -> Figure:
     """Images in rows.
 
@@ -179,7 +183,7 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def kernels(weights: np.ndarray, most: int = 64) -> Figure:
     """The kernels of a convolution, [height, width, in, out], averaged over input channels; orange is negative, blue positive."""
     shown = weights.mean(axis=2).transpose(2, 0, 1)[:most]
@@ -188,16 +192,14 @@ def kernels(weights: np.ndarray, most: int = 64) -> Figure:
     figure.set_size_inches(6.4, 0.2 + 0.45 * math.ceil(len(shown) / 16))
     for axes in figure.axes:
         for image in axes.get_images():
-            image.set(
-                cmap=mpl.colors.LinearSegmentedColormap.from_list("signed", [_ORANGE, "white", _BLUE]), clim=(-limit, limit)
-            )
+            image.set(cmap=mpl.colors.LinearSegmentedColormap.from_list("signed", [ORANGE, "white", BLUE]), clim=(-limit, limit))
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str) -> Figure:
     """Curves over a common axis: panels, one below the other, by title; in each, curves (x, y) by name."""
-    figure, all_axes = _subplots(len(panels), (8.4, 2.0 * len(panels)), sharex=True)
+    figure, all_axes = subplots(len(panels), (8.4, 2.0 * len(panels)), sharex=True)
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for name, (x, y) in curves.items():
             axes.plot(x, y, label=name, marker="o" if len(x) == 1 else None, linewidth=1.4)
@@ -209,7 +211,9 @@ def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[floa
     return figure
 
 
-def _subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Sequence[Axes]]:
+@mpl.rc_context(STYLE)
+def subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of so many inches in the style of all, and its axes, one below the other."""
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, 1, squeeze=False, **options).ravel().tolist()
 
@@ -222,7 +226,7 @@ def _curves(
     xlim: tuple[float, float],
     ylim: tuple[float, float],
 ) -> Figure:
-    figure, (axes,) = _subplots(1, (6.4, 4.4))
+    figure, (axes,) = subplots(1, (6.4, 4.4))
     for label in _worst_classes(predictions, _MOST_CURVES):
         # A curve needs examples that are of the class, and others.
         if len(np.unique(predictions.labels == label)) == 2:

@@ -3,13 +3,18 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from absl import flags
+from absl import app, flags, logging
 
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.presets import PRESETS, from_preset
+
+# Flags that trainer.task has beside those of the configuration, such as --verbosity.
+_SHARED_MODULES = (app.__name__, logging.__name__)
 
 
 def define(flag_values: flags.FlagValues) -> None:
@@ -19,9 +24,7 @@ def define(flag_values: flags.FlagValues) -> None:
     """
     for field in dataclasses.fields(Config):
         help_text = f"{field.metadata['help']} (default: {_default_text(field)})"
-        if field.name == "preset":
-            flags.DEFINE_enum("preset", None, list(PRESETS), help_text, flag_values=flag_values, module_name=sys.argv[0])
-        elif field.metadata["choices"]:
+        if field.metadata["choices"]:
             flags.DEFINE_enum(
                 field.name, None, field.metadata["choices"], help_text, flag_values=flag_values, module_name=sys.argv[0]
             )
@@ -36,6 +39,8 @@ def define(flag_values: flags.FlagValues) -> None:
 
 
 def _default_text(field: dataclasses.Field) -> str:
+    if field.name == "preset":
+        return f"{field.default}; names: {', '.join(PRESETS)}"
     presets = [f"{name}: {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
     default = field.default if field.default != "" else "''"
     return f"{default}; preset {', '.join(presets)}" if presets else f"{default}"
@@ -60,11 +65,42 @@ def to_config(flag_values: flags.FlagValues, positional: Sequence[str] = ()) -> 
     Raises:
         RequestError: a value or a combination that cannot be met, or an argument that is no flag.
     """
+    return with_options(_given(flag_values, positional))
+
+
+def with_options(options: Mapping[str, Any]) -> Config:
+    """The configuration of the preset among the options, or of `default`, with the others in place of its own.
+
+    Raises:
+        RequestError: a value or a combination that cannot be met.
+    """
+    overrides = dict(options)
+    return from_preset(overrides.pop("preset", "default"), overrides)
+
+
+def task_options(arguments: Sequence[str], own: flags.FlagValues) -> dict[str, Any]:
+    """What a command line of `trainer.task` that is yet to be run gives, by name: a mistake in it is told before.
+
+    Args:
+        arguments: the command line.
+        own: this program's flags; those that all programs have are trainer.task's, too.
+
+    Raises:
+        RequestError: an unknown flag, a value of the wrong type, or an argument that is no flag.
+    """
+    values = flags.FlagValues()
+    define(values)
+    for module in _SHARED_MODULES:
+        for flag in own.flags_by_module_dict().get(module, ()):
+            values[flag.name] = flag
+    return _given(values, parse(values, ["trainer.task", *arguments])[1:])
+
+
+def _given(flag_values: flags.FlagValues, positional: Sequence[str]) -> dict[str, Any]:
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}: every option is a flag, see --helpfull")
-    given = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return from_preset(given.pop("preset", "default"), given)
+    values = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_model_dir(config: Config, num_workers: int) -> Config:
@@ -82,4 +118,4 @@ def with_model_dir(config: Config, num_workers: int) -> Config:
 
 def new_model_dir(config: Config) -> str:
     """The folder of a run for which none was given."""
-    return f"runs/{config.preset}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    return f"runs/{Path(config.preset).stem}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"

@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trainer.errors import RequestError
 
 _MAX_SIDE = 4096
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def option(
@@ -67,6 +71,40 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
     for words, holds in tests.items():
         if not holds:
             raise RequestError(f"--{field.name}={value}: expected a number {words} {limits[words.replace(' ', '_')]}")
+
+
+def typed(field: dataclasses.Field, value: Any) -> Any:
+    """A value that a YAML file gives a field, as the field's type.
+
+    Raises:
+        RequestError: it is of another type.
+    """
+    expected = type(field.default)
+    # YAML 1.1 takes 1e-4 for a text, and 1 for a whole number.
+    if expected is float and type(value) in (int, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not expected:
+        raise RequestError(f"--{field.name}={value}: expected {_TYPES[expected]}")
+    return value
+
+
+def read_yaml(flag: str, path: Path) -> dict[str, Any]:
+    """The mapping of options to something in the YAML file that a flag names.
+
+    Raises:
+        RequestError: there is no such file, or something else in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise RequestError(f"--{flag}={path}: cannot be read: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise RequestError(f"--{flag}={path}: expected names of options, each with a colon and what it is to be")
+    return content
 
 
 def parse_size(flag: str, text: str) -> tuple[int, int] | None:

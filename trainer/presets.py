@@ -1,9 +1,12 @@
 """Complete configurations by name. Each says only what differs from the defaults in `config.py`."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.options import read_yaml, typed
 
 _ARTICLE: dict[str, Any] = {
     # The article's batch-normalised CNN. Its split handed the names of the two halves over in the wrong order, so that it
@@ -46,11 +49,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def from_preset(preset: str, overrides: dict[str, Any]) -> Config:
-    """The configuration of a preset with some of its values replaced.
+    """The configuration of a preset, by its name or in a file of its own, with some of its values replaced.
 
     Raises:
         RequestError: there is no such preset, or a value cannot be met.
     """
-    if preset not in PRESETS:
-        raise RequestError(f"--preset={preset}: expected one of {', '.join(PRESETS)}")
-    return Config(**{**PRESETS[preset], **overrides, "preset": preset})
+    if preset in PRESETS:
+        values = PRESETS[preset]
+    elif Path(preset).suffix in (".yaml", ".yml"):
+        values = _from_file(Path(preset))
+    else:
+        raise RequestError(f"--preset={preset}: expected one of {', '.join(PRESETS)}, or a file of options, NAME.yaml")
+    return Config(**{**values, **overrides, "preset": preset})
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """The options in a file: what differs from the defaults, as in `PRESETS`."""
+    fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
+    content = read_yaml("preset", path)
+    if unknown := [name for name in content if name not in fields]:
+        raise RequestError(f"--preset={path}: there is no option {unknown[0]}")
+    try:
+        values = {name: typed(fields[name], value) for name, value in content.items()}
+        # By itself, so that what is wrong in it is told with its name.
+        Config(**values)
+    except RequestError as error:
+        raise RequestError(f"--preset={path}: {error}") from error
+    return values

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
 from trainer import figures, storage
 from trainer.config import Config
 from trainer.metrics import Record
+from trainer.pages import render
 from trainer.predictions import Predictions
 from trainer.presets import PRESETS
 from trainer.step_times import StepTimes
@@ -62,19 +62,6 @@ def write(
     }
     for name in ("report.html", "report.md"):
         storage.write_text(model_dir / name, render(name, values))
-
-
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """A file of `templates/` filled in; in pages what looks like markup is escaped, except for pictures."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("trainer"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
-    return environment.get_template(template).render(values)
 
 
 def _curves(records: list[Record]) -> Figure:

@@ -85,6 +85,13 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "-
             _remove_if_unused(folder, Path(lock.name))
 
 
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends."""
+    with open(path, "a") as file:
+        yield _lock(file)
+
+
 def _lock(file: IO[str]) -> bool:
     """Whether the file is this process's now."""
     try:

@@ -1,0 +1,78 @@
+"""What a search varies, and what it does not: mistakes are told in one line before anything starts."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer import space, tune
+from trainer.errors import RequestError
+
+FLAGS = ["--preset=fast", "--validation_fraction=0.2"]
+
+
+WRONG_SPACES = {
+    "learning_rate: {low: 0, high: 1}": "--learning_rate=0.0: expected a number above 0",
+    "learning_rate: [0.1, -1]": "--learning_rate=-1.0",
+    "batch: [1]": "batch is no option that the trained weights depend on",
+    "model_dir: [a]": "model_dir is no option",
+    "seed: [1, 2]": "seed cannot be searched",
+    "validation_fraction: [0.1, 0.2]": "validation_fraction cannot be searched",
+    "activation: [relu, swish]": "--activation=swish: expected one of relu",
+    "activation: {low: 1, high: 2}": "activation: expected a list of choices",
+    "activation: []": "activation: expected a list",
+    "global_batch_size: [2.5]": "--global_batch_size=2.5: expected a whole number",
+    "jit_compile: [true, 3]": "--jit_compile=3: expected true or false",
+    "learning_rate: {low: 1e-3, high: 1e-4}": "low <= high",
+    "learning_rate: {low: 1e-3, hihg: 1e-4}": "low and high with log: true or step",
+    "learning_rate: {low: 1e-3, high: 1e-1, log: 7}": "low and high with log: true or step",
+    "l2: {low: 0, high: 1, log: true}": "low > 0",
+    "dropout_rate: {low: 0, high: 0.5, step: 0.3}": "not divisible by `step`",
+    "learning_rate: 3": "learning_rate: expected a list of choices, or low and high",
+    "gradient_accumulation_steps: [3]": "--gradient_accumulation_steps=3 does not divide --global_batch_size=256",
+    "- 1": "expected names of options",
+    "{}": "names no option",
+    "a: [": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_SPACES)
+def test_wrong_space_is_refused_in_one_line_that_names_file_and_option(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        tune.task_of(FLAGS, path)
+    message = str(caught.value)
+    assert message.startswith(f"--space={path}: ")
+    assert message.count("--space") == 1
+    assert WRONG_SPACES[text] in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--preset=fast"], "--validation_fraction=0 (preset fast): validation decides"),
+        (["--validation_fraction=0"], "--validation_fraction=0: validation decides"),
+        (["--optimizer=sgd"], "--optimizer is searched by the space"),
+        (["--model_dir=a"], "--model_dir is no flag of a trial"),
+        (["--noresume"], "--resume is no flag of a trial"),
+        (["--notest"], "--test is no flag of a trial"),
+        (["--target_accuracy=0.9"], "--target_accuracy is no flag of a trial"),
+        (["--metrics_port=9000"], "--metrics_port is no flag of a trial"),
+        (["--strategy=multi_worker"], "start this command on every machine"),
+        (["--epoch=3"], "epoch"),
+        (["train"], "unexpected argument 'train'"),
+    ],
+)
+def test_flag_that_no_trial_can_have_is_refused_by_name(given: list[str], words: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(words)):
+        tune.task_of(given, space.DEFAULT)
+
+
+def test_default_space_holds_the_default_configuration() -> None:
+    config, searched = tune.task_of([], space.DEFAULT)
+    assert set(searched) == {
+        "learning_rate", "global_batch_size", "optimizer", "l2", "activation", "pooling", "dropout_rate"
+    }  # fmt: skip
+    assert all(space.contains(found, getattr(config, name)) for name, found in searched.items())

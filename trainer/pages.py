@@ -1,0 +1,19 @@
+"""Pages and texts from the files of `templates/`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A file of `templates/` filled in; in pages what looks like markup is escaped, except for pictures."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    return environment.get_template(template).render(values)

@@ -1,0 +1,106 @@
+"""What comes out of a search: the best configuration as a preset, its one look at the test set, and the report."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer import evaluate, storage, trial
+from trainer.config import Config
+from trainer.errors import JobError
+from trainer.search import Search
+
+PRESET, RESULT = "best.yaml", "result.json"
+
+
+def result_of(search: Search) -> dict[str, Any] | None:
+    """The content of the search's result.json, which is written if it is not there; None while another process does so.
+
+    Raises:
+        JobError: all trials were ended early.
+    """
+    path = search.folder / RESULT
+    before = storage.read_json(path)
+    # A search that was made longer afterwards has another result.
+    if before and before["num_finished"] >= search.num_trials:
+        return before
+    with storage.lock_file(search.folder / ".result.lock") as mine:
+        if not mine:
+            return None
+        before = storage.read_json(path)
+        if not before or before["num_finished"] < search.num_trials:
+            before = _write(search, before or {})
+    return before
+
+
+def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
+    best = search.best()
+    if best is None:
+        raise JobError(f"--study_dir={search.folder}: no trial has come to its end: raise --num_trials, or mend the space")
+    folder, preset = search.folder_of(best.number), search.folder / PRESET
+    storage.write_text(preset, _preset(search, best))
+    if before.get("best_trial") == best.number:
+        test = {name: before[name] for name in ("test_accuracy", "test_loss", "test_examples")}
+    else:
+        test = evaluate.evaluate(str(folder), search.config.data_dir)
+    states = [found.state for found in search.trials()]
+    for found in search.trials():
+        if found.state == TrialState.PRUNED:
+            # Whoever pruned it may have been killed before this.
+            trial.discard_checkpoints(search.folder_of(found.number))
+    result = {
+        "best_trial": best.number,
+        "best_validation_accuracy": best.value,
+        "best_options": best.params,
+        **test,
+        "num_finished": search.finished,
+        "num_pruned": states.count(TrialState.PRUNED),
+        "num_failed": states.count(TrialState.FAIL),
+        "preset": str(preset),
+        "model_dir": str(folder),
+    }
+    write_report(search, result)
+    storage.write_json(search.folder / RESULT, result)
+    return result
+
+
+def _preset(search: Search, best: FrozenTrial) -> str:
+    config = dataclasses.replace(search.config, **best.params)
+    usual = Config().result_fields()
+    options = {name: value for name, value in config.result_fields().items() if value != usual[name]}
+    data = f" --data_dir {config.data_dir}" if config.data_dir else ""
+    return (
+        f"# The best of {search.finished} trials in {search.folder}: trial {best.number}, validation accuracy {best.value:.4%}.\n"
+        f"# python -m trainer.task --preset {search.folder / PRESET}{data}\n" + yaml.safe_dump(options, sort_keys=False)
+    )
+
+
+def update_report(search: Search) -> None:
+    """Draws the report anew, unless another thread or process is at it."""
+    with storage.lock_file(search.folder / ".report.lock") as mine:
+        if mine:
+            write_report(search, None)
+
+
+def write_report(search: Search, result: dict[str, Any] | None) -> None:
+    """Writes report.html; without a result, of a search that is under way."""
+    # Only now: drawing takes a second to import.
+    from trainer import search_report
+
+    search_report.write(search, result)
+
+
+def show(search: Search, result: dict[str, Any]) -> None:
+    """Prints the result."""
+    rows = {
+        "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']} examples",
+        "validation accuracy": f"{result['best_validation_accuracy']:.2%}, the best of {result['num_finished']} trials "
+        f"({result['num_pruned']} ended early, {result['num_failed']} more failed)",
+        "model": f"{result['model_dir']}/export, {result['model_dir']}/model.keras",
+        "preset": f"python -m trainer.task --preset {result['preset']}",
+        "report": str(Path(search.folder) / "report.html"),
+    }
+    for name, text in rows.items():
+        print(f"{name:20} {text}")
