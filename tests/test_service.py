@@ -47,7 +47,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     finally:
         for process in started.processes:
             process.send_signal(signal.SIGTERM)
-        codes = [process.wait(20) for process in started.processes]
+        codes = [process.wait(60) for process in started.processes]
     assert codes == [0, 0, 0], started.log.read_text()
 
 

@@ -7,6 +7,7 @@ They hold nothing that is lost with them: see `service.py`. Data workers need th
 TensorFlow's servers listen on every interface, without authentication: keep them inside a trusted network.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -15,10 +16,11 @@ from typing import Any
 from absl import flags
 
 from trainer import cli
-from trainer.errors import RequestError, Stopped
+from trainer.errors import EXIT_FINISHED, RequestError, Stopped
 
 _LONGEST_JOB_PAUSE_MS = 60_000
 _PATIENCE_SECS = 300.0
+_STOP_WITHIN_SECS = 5.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -61,6 +63,10 @@ def main(positional: list[str]) -> None:
     print(f"trainer.data_server: {role}, on port {values.port}", flush=True)
     while not ended.wait(1.0):
         pass
+    # Nothing is to be saved, and a data worker whose dispatcher has ended before would look for it.
+    last = threading.Timer(_STOP_WITHIN_SECS, os._exit, (EXIT_FINISHED,))
+    last.daemon = True
+    last.start()
     server._stop()
 
 
