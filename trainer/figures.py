@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False,
     "font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "digitfleet",
-    "image.cmap": "gray", "text.parse_math": False,
+    "image.cmap": "gray",
 }  # fmt: skip
 BLUE, ORANGE = "#2f7ed8", "#e8743b"
 # More classes than these are shown by their worst ones.
@@ -74,7 +74,7 @@ def confusion(predictions: Predictions) -> Figure:
     matrix = metrics.confusion_matrix(predictions.labels[among], predictions.predicted[among], labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
-    names = [predictions.class_names[label] for label in shown]
+    names = [_plain(predictions.class_names[label]) for label in shown]
     display = metrics.ConfusionMatrixDisplay(matrix, display_labels=names)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=len(shown) <= _MOST_CLASSES)
     display.im_.set_data(off_diagonal)
@@ -93,7 +93,7 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
-    names = [name[:9] for name in predictions.class_names]
+    names = [_plain(name[:9]) for name in predictions.class_names]
     titles = [
         f"{names[predictions.labels[index]]} → {names[predictions.predicted[index]]}\n{predictions.confidence[index]:.0%}"
         for index in wrong
@@ -107,7 +107,7 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    bars = axes.barh([predictions.class_names[label] for label in shown], 100 * shares, color=BLUE)
+    bars = axes.barh([_plain(predictions.class_names[label]) for label in shown], 100 * shares, color=BLUE)
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -122,7 +122,7 @@ def precision_and_recall(predictions: Predictions) -> Figure:
     def draw(label: int, axes: Axes) -> None:
         metrics.PrecisionRecallDisplay.from_predictions(
             predictions.labels == label, predictions.probabilities[:, label], ax=axes, drop_intermediate=True,
-            name=predictions.class_names[label],
+            name=_plain(predictions.class_names[label]),
         )  # fmt: skip
 
     return _curves(predictions, draw, "recall", "precision", (0.9, 1.005), (0.9, 1.005))
@@ -134,7 +134,7 @@ def roc(predictions: Predictions) -> Figure:
 
     def draw(label: int, axes: Axes) -> None:
         metrics.RocCurveDisplay.from_predictions(
-            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=predictions.class_names[label]
+            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=_plain(predictions.class_names[label])
         )
 
     figure = _curves(predictions, draw, "false positives", "true positives", (1e-4, 1), (0.9, 1.005))
@@ -205,10 +205,21 @@ def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[floa
             axes.plot(x, y, label=name, marker="o" if len(x) == 1 else None, linewidth=1.4)
         axes.set_title(title, loc="left")
         axes.grid(alpha=0.25)
+        _leave_out_outliers(axes)
         if len(curves) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     all_axes[-1].set_xlabel(xlabel)
     return figure
+
+
+def _leave_out_outliers(axes: Axes) -> None:
+    """Gives the vertical axis to what most points and the last ones have: a run's first steps would flatten the rest."""
+    values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    finite = np.concatenate([part[np.isfinite(part)] for part in values])
+    if len(finite):
+        kept = [*np.percentile(finite, [5, 95]), *(part[-1] for part in values if np.isfinite(part[-1]))]
+        margin = 0.08 * (max(kept) - min(kept)) or 0.05 * abs(kept[0]) or 1.0
+        axes.set_ylim(min(kept) - margin, max(kept) + margin)
 
 
 @mpl.rc_context(STYLE)
@@ -236,6 +247,11 @@ def _curves(
     if axes.lines:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
+
+
+def _plain(name: str) -> str:
+    """The name as matplotlib draws it letter by letter: a dollar sign begins a formula otherwise."""
+    return name.replace("$", r"\$")
 
 
 def _recalls(predictions: Predictions) -> np.ndarray:

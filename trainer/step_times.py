@@ -51,16 +51,16 @@ class StepTimes:
         ]
         if self.all_reduce_ms:
             parts.append(f"about {exchange:.1%} exchanges gradients (timed alone at the start)")
-        text = f"{self.step_ms:.1f} ms a step: {', '.join(parts)}, {self.compute_ms / self.step_ms:.1%} computes. "
+        text = f"{self.step_ms:.1f} ms a step: {', '.join(parts)}, {self.compute_ms / self.step_ms:.1%} computes."
         if wait > _MUCH_INPUT:
-            return text + (
+            advice = (
                 "Input is too slow: give this process more cores, convert the data with trainer.prepare --encoding raw, read it "
                 "into memory with --input_pipeline memory, or let others prepare it with --data_service."
             )
-        if exchange > _MUCH_EXCHANGE:
-            return (
-                text + "Exchanging takes much of it: a larger --global_batch_size or fewer replicas would use the devices better."
-            )
-        return (
-            text + "Input keeps up; what is left to gain is in the network, --precision, --jit_compile and --global_batch_size."
-        )
+        elif exchange > _MUCH_EXCHANGE:
+            advice = "Exchanging takes much of it: a larger --global_batch_size or fewer replicas would use the devices better."
+        elif unknown:
+            advice = ""
+        else:
+            advice = "Input keeps up; what is left to gain is in the network, --precision, --jit_compile and --global_batch_size."
+        return f"{text} {advice}".strip()
