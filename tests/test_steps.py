@@ -60,7 +60,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "num_replicas"), [*((name, 2) for name in OPTIONS), ("bn_cnn", 4)])
+@pytest.mark.parametrize(
+    ("name", "num_replicas"), [*((name, 2) for name in OPTIONS), pytest.param("bn_cnn", 4, marks=pytest.mark.e2e)]
+)
 def test_step_on_several_replicas_is_the_step_on_one(name: str, num_replicas: int) -> None:
     one_totals, one_weights, one = train(1, **OPTIONS[name])
     totals, weights, several = train(num_replicas, **OPTIONS[name])

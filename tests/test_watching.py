@@ -156,19 +156,6 @@ def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any) -> None:
     assert "Traceback" not in other.stderr
 
 
-def test_profile_is_written_and_judged(start_job: Any) -> None:
-    from xprof.convert import raw_to_tool_data
-
-    job = start_job(profile_steps="12,18", steps_per_loop=7)
-    job.finish()
-    (trace,) = job.model_dir.glob("tensorboard/plugins/profile/*/*.xplane.pb")
-    content, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], "framework_op_stats", {"tqx": ""})
-    assert b"Conv2D" in content if isinstance(content, bytes) else "Conv2D" in content
-    (line,) = [line for line in job.log.read_text().splitlines() if "profile of" in line]
-    assert "profile of 7 steps" in line
-    assert "of the step waits for input" in line
-
-
 @pytest.mark.parametrize(
     ("step", "wait", "exchange", "words"),
     [

@@ -44,3 +44,16 @@ def test_every_worker_records_a_profile_and_the_chief_alone_the_rest(start_worke
     (first, *_) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
     assert first["all_reduce_ms"] > 0
     assert first["step_ms"] == pytest.approx(first["input_wait_ms"] + first["compute_ms"] + first["all_reduce_ms"])
+
+
+def test_profile_is_written_and_judged(start_job: Any) -> None:
+    from xprof.convert import raw_to_tool_data
+
+    job = start_job(profile_steps="12,18", steps_per_loop=7)
+    job.finish()
+    (trace,) = job.model_dir.glob("tensorboard/plugins/profile/*/*.xplane.pb")
+    content, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], "framework_op_stats", {"tqx": ""})
+    assert b"Conv2D" in content if isinstance(content, bytes) else "Conv2D" in content
+    (line,) = [line for line in job.log.read_text().splitlines() if "profile of" in line]
+    assert "profile of 7 steps" in line
+    assert "of the step waits for input" in line
