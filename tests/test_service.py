@@ -74,6 +74,7 @@ def test_steps_are_those_without_the_service(
 
 
 @pytest.mark.e2e
+@pytest.mark.e2e
 def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, tiny_records: Path, tmp_path: Path) -> None:
     results = []
     for name, address in (("without", ""), ("with", servers.address)):

@@ -312,6 +312,7 @@ def test_winner_is_tested_once_whoever_comes_first_and_again_only_if_it_is_anoth
         assert tested == winners
 
 
+@pytest.mark.e2e
 def test_search_ends_with_a_preset_a_result_and_one_look_at_the_test_set(tiny_data: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     options = {**TINY, "data_dir": tiny_data, "epochs": 1}

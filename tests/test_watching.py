@@ -119,11 +119,10 @@ def test_report_needs_nothing_but_itself(finished: Path) -> None:
     assert "waits for input" in page
 
 
-def test_test_set_can_be_left_for_later(start_job: Any) -> None:
-    result = start_job(test=False, report=True).finish()
+def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
+    result, folder = run_here(test=False, report=True), tmp_path / "run"
     assert result["test_accuracy"] is result["test_loss"] is result["test_examples"] is None
     assert result["validation_accuracy"] > 0
-    folder = start_job(test=False).model_dir
     assert not lines_of(folder, "test")
     assert "(validation)" in (folder / "report.md").read_text()
     assert "test accuracy" not in (folder / "report.html").read_text()
