@@ -78,6 +78,8 @@ def main(task_arguments: list[str]) -> None:
         _say(
             f"warning: other machines may reach the workers' ports, which have no authentication (no network namespace: {reason})"
         )
+    elif values.isolate and config.metrics_port:
+        _say("--metrics_port is reached from within the workers' network namespace alone; add --noisolate to reach it")
     job = Job(
         command=[sys.executable, "-m", "trainer.task", *task_arguments, *extra],
         environments=environments,

@@ -45,7 +45,7 @@ WRONG = {
         + END.replace("Model(images", "Model([images, y]"), "mine:build", "inputs are (None, 14, 14, 3), (None, 3)"),
     "subclass without shapes": (
         "import keras\nclass M(keras.Model):\n    def call(self, x):\n        return x\n"
-        "def build(input_shape, num_classes, config):\n    return M()\n", "mine:build", "none that are known"),
+        "def build(input_shape, num_classes, config):\n    return M()\n", "mine:build", "not known before it is called"),
     "probabilities": (START + END.replace("Dense(num_classes", "Dense(num_classes, 'softmax'"), "mine:build", "gives prob"),
     "softmax layer": (
         START + "    x = keras.layers.Dense(num_classes)(x)\n    return keras.Model(images, keras.layers.Softmax()(x))\n",

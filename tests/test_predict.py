@@ -227,3 +227,11 @@ def test_evaluation_goes_by_the_names_of_classes(model_dir: Path, mnist, tmp_pat
     (tmp_path / "data" / "test" / "3").rename(tmp_path / "data" / "test" / "three")
     with pytest.raises(RequestError, match="has the class three, the model only 0, 1, 2"):
         evaluate.evaluate(str(model_dir), str(tmp_path / "data"))
+
+
+def test_evaluation_is_of_the_jobs_own_data_unless_another_is_named(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    own = evaluate.evaluate(str(finished))
+    assert own["test_examples"] == 203
+    assert own["test_accuracy"] == pytest.approx(result["test_accuracy"])
+    assert evaluate.evaluate(str(finished), "")["test_examples"] == 10_000

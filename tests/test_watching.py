@@ -7,14 +7,18 @@ import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import figures, report, storage
 from trainer.config import Config
+from trainer.dashboard import Dashboard
+from trainer.errors import RequestError, Stopped
 from trainer.ports import free_ports
 from trainer.predictions import Predictions
 from trainer.step_times import StepTimes
@@ -129,6 +133,34 @@ def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
     assert not (folder / "tensorboard/test").exists()
 
 
+@pytest.mark.parametrize("method", ["write", "write_histograms", "close"])
+def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
+    method: str, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = tf.errors.ResourceExhaustedError(None, None, "events.out.tfevents; No space left on device")
+    monkeypatch.setattr(Dashboard, method, Mock(side_effect=[None] * 3 + [error] * 99 if method == "write" else error))
+    options = {"histograms_every": 20, "checkpoint_every_steps": 10}
+    if method == "close":  # All has been told by then.
+        assert run_here(**options)["steps"] == 32
+        return
+    with pytest.raises(Stopped, match=r"cannot be written \(events.out.tfevents; No space left on device\): .*step-000000"):
+        run_here(**options)
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert "cannot be written" in storage.read_json(tmp_path / "run/config.json")["starts"][-1]["ended"]  # type: ignore[index]
+
+
+def test_folder_of_event_files_that_is_none_is_refused(run_here: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").write_text("")
+    with pytest.raises(RequestError, match="run/tensorboard cannot be written"):
+        run_here()
+
+
+def test_profile_that_would_never_begin_is_refused(run_here: Any) -> None:
+    with pytest.raises(RequestError, match="--profile_steps=33,40: training ends at step 32"):
+        run_here(profile_steps="33,40")
+
+
 def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any) -> None:
     (port,) = free_ports(1)
     job = start_job(epochs=1000, metrics_port=port)
@@ -196,6 +228,7 @@ UNUSUAL = {
     "all wrong": predictions(20, 2, labels=np.ones(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
     "all alike": predictions(20, 4, probabilities=np.full([20, 4], 0.25, np.float32)),
     "markup": predictions(30, 2, class_names=("<b>&|", "$x_{$")),
+    "letters that the font lacks": predictions(30, 2, class_names=("日本", "भारत")),
 }
 
 

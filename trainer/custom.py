@@ -98,7 +98,8 @@ def _check(name: str, model: keras.Model, input_shape: tuple[int, int, int], num
     # A subclass of keras.Model has none until it is called.
     inputs, outputs = getattr(model, "inputs", None) or [], getattr(model, "outputs", None) or []
     if len(inputs) != 1 or tuple(inputs[0].shape) != (None, *input_shape):
-        found = ", ".join(str(tuple(one.shape)) for one in inputs) or "none that are known before it is called"
+        unknown = "not known before it is called (a subclass, or a Sequential without keras.Input)"
+        found = ", ".join(str(tuple(one.shape)) for one in inputs) or unknown
         raise RequestError(
             f"--model={name}: its inputs are {found}; expected one, {(None, *input_shape)}, as keras.Input makes it"
         )

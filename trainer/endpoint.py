@@ -44,7 +44,7 @@ class Endpoint:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise RequestError(
-                f"--metrics_port={port}, --metrics_host={host}: cannot listen there ({error.strerror}): give another port"
+                f"--metrics_port={port}, --metrics_host={host}: cannot listen there ({error.strerror}): give others"
             ) from error
 
     def write(self, record: Record) -> None:

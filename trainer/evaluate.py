@@ -2,21 +2,22 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from trainer import cli, dataset
+from trainer import cli, dataset, storage
 from trainer.errors import RequestError
 
 
-def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
+def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
     """Counts every example of the test set exactly once.
 
     Args:
         model_dir: folder of a finished job.
-        data_dir: the data set, as `dataset.load` takes it; its images are scaled to the model's.
+        data_dir: the data set, as `dataset.load` takes it; its images are scaled to the model's. None: the job's own.
 
     Returns:
         test_accuracy, test_loss (nats) and test_examples.
@@ -30,6 +31,9 @@ def evaluate(model_dir: str, data_dir: str = "") -> dict[str, Any]:
         from trainer import exported, loading
 
         model = exported.load(model_dir)
+    if data_dir is None:
+        run = storage.read_json(Path(model_dir) / "config.json") or {}
+        data_dir = str(run.get("config", {}).get("data_dir", ""))
     height, width, channels = model.input_shape
     data = dataset.load(data_dir, image_size=(height, width))
     if data.image_shape != model.input_shape:
@@ -58,8 +62,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name=sys.argv[0])
     flags.DEFINE_string(
         "data_dir",
-        "",
-        "Data set, as for trainer.task; its images are scaled to the model's. Empty: the embedded MNIST.",
+        None,
+        "Data set, as for trainer.task; its images are scaled to the model's. Not given: the job's. Empty: the embedded MNIST.",
         flag_values=values,
         module_name=sys.argv[0],
     )

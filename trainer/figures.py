@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -40,7 +41,7 @@ _BINS = 10
 def png(figure: Figure) -> bytes:
     """The figure on a light ground: legible wherever it is shown."""
     with io.BytesIO() as content:
-        figure.savefig(content, format="png", dpi=110, facecolor="white")
+        _save(figure, content, format="png", dpi=110, facecolor="white")
         return content.getvalue()
 
 
@@ -48,9 +49,16 @@ def png(figure: Figure) -> bytes:
 def svg(figure: Figure) -> str:
     """The figure as an element to put into a page: no ground, and text in the page's colour."""
     with io.StringIO() as content:
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+        _save(figure, content, format="svg", transparent=True, metadata={"Date": None})
         text = content.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _save(figure: Figure, content: IO[Any], **options: Any) -> None:
+    with warnings.catch_warnings():
+        # Names in letters that matplotlib's font lacks: a page draws them in its own font, a PNG as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(content, **options)
 
 
 def of_predictions(predictions: Predictions) -> dict[str, Figure]:
@@ -149,6 +157,7 @@ def calibration(predictions: Predictions) -> Figure:
     figure, (axes, below) = subplots(2, (5.0, 5.6), height_ratios=[3, 1])
     CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=BLUE)
     axes.lines[0].set_color(_INK)
+    axes.legend(loc="lower right")
     axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
     below.hist(predictions.confidence, bins=50, log=True, color=BLUE)
     below.set(xlabel="confidence", ylabel="examples", xlim=axes.get_xlim())
@@ -197,15 +206,21 @@ def kernels(weights: np.ndarray, most: int = 64) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str) -> Figure:
-    """Curves over a common axis: panels, one below the other, by title; in each, curves (x, y) by name."""
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str, zoomed: Sequence[str] = ()
+) -> Figure:
+    """Curves over a common axis: panels, one below the other, by title; in each, curves (x, y) by name.
+
+    Those in `zoomed` leave their outliers out: a run's first steps would flatten the rest.
+    """
     figure, all_axes = subplots(len(panels), (8.4, 2.0 * len(panels)), sharex=True)
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for name, (x, y) in curves.items():
             axes.plot(x, y, label=name, marker="o" if len(x) == 1 else None, linewidth=1.4)
         axes.set_title(title, loc="left")
         axes.grid(alpha=0.25)
-        _leave_out_outliers(axes)
+        if title in zoomed:
+            _leave_out_outliers(axes)
         if len(curves) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     all_axes[-1].set_xlabel(xlabel)
@@ -213,7 +228,7 @@ def lines(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[floa
 
 
 def _leave_out_outliers(axes: Axes) -> None:
-    """Gives the vertical axis to what most points and the last ones have: a run's first steps would flatten the rest."""
+    """Gives the vertical axis to what most points and the last ones have."""
     values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
     finite = np.concatenate([part[np.isfinite(part)] for part in values])
     if len(finite):

@@ -124,7 +124,8 @@ def _train(
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
     evaluate = _evaluations(state.inference, topology, sum_over_workers)
-    recording = Recording(config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief)
+    with storage.stop_when_full("the metrics", checkpoints.describe, tf.errors.OpError):
+        recording = Recording(config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief)
     work = Work(
         train=steps.make_train_loop(config, state, topology.strategy),
         iterator=train_iterator(config, train_set, progress.step, topology),
@@ -156,7 +157,9 @@ def _train(
             if topology.is_chief:
                 _export(plain, state, dataset, model_dir)
             split, shown = ("test", test_set) if config.test else ("validation", validation_set)
-            if config.report and shown:
+            if config.report and not shown:
+                _log.info("no report: --notest and --validation_fraction=0 leave no examples to show")
+            elif config.report and shown:
                 moved = functools.partial(watch.feed, "writing the report", compiles=True)
                 recording.report(plain, dataset, train_set, split, shown, result, moved)
             if topology.is_chief:

@@ -142,7 +142,8 @@ class Loop:
         self._warm = True
         self._write("train", steps.sum(axis=0), **self._optimizer_values(steps[:, GRADIENT_NORM]), **speed, **machine.memory())
         if self._config.histograms_every and boundary % self._config.histograms_every == 0:
-            self._work.write_histograms(boundary)
+            with storage.stop_when_full("histograms", self._checkpoints.describe, tf.errors.OpError):
+                self._work.write_histograms(boundary)
         return bool(asked)
 
     def _check_finite(self, steps: np.ndarray) -> None:
@@ -206,5 +207,5 @@ class Loop:
             "accuracy": float(totals[CORRECT] / totals[EXAMPLES]),
             **values,
         }
-        with storage.stop_when_full("the metrics", self._checkpoints.describe):
+        with storage.stop_when_full("the metrics", self._checkpoints.describe, tf.errors.OpError):
             self._recording.write(record)

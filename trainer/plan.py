@@ -55,7 +55,8 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     """The plan of a job.
 
     Raises:
-        RequestError: the global batch does not divide, or is larger than the training set.
+        RequestError: the global batch does not divide, or is larger than the training set; or training ends before the steps that
+            are to be profiled.
     """
     batch = config.global_batch_size
     parts = num_replicas * config.gradient_accumulation_steps
@@ -69,4 +70,6 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)
     if config.max_steps:
         steps = min(steps, config.max_steps)
+    if config.profile_range and config.profile_range[0] > steps:
+        raise RequestError(f"--profile_steps={config.profile_steps}: training ends at step {steps}: give earlier ones")
     return Plan(num_examples=num_examples, global_batch_size=batch, num_replicas=num_replicas, total_steps=steps)

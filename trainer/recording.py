@@ -1,5 +1,6 @@
 """Everything that a run leaves to look at: metrics, TensorBoard, the Prometheus endpoint, the report. Only the chief has any."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from trainer.console import ConsoleWriter
 from trainer.dashboard import Dashboard
 from trainer.dataset import Dataset, Part
 from trainer.endpoint import Endpoint
+from trainer.errors import RequestError
 from trainer.metrics import JsonLines, Record, Writer
 from trainer.steps import State
 
@@ -33,7 +35,7 @@ class Recording:
         is_chief: whether this worker writes.
 
     Raises:
-        RequestError: `--metrics_port` cannot be had.
+        RequestError: `--metrics_port` cannot be had, or the folder of event files cannot be written.
     """
 
     def __init__(self, config: Config, total_steps: int, first_step: int, restarts: int, *, is_chief: bool) -> None:
@@ -47,14 +49,17 @@ class Recording:
             self._writers.append(self._endpoint)
         model_dir = Path(config.model_dir)
         run = storage.read_json(model_dir / "config.json") or {}
-        self._dashboard = Dashboard(
-            model_dir / "tensorboard",
-            config=dataclasses.asdict(config),
-            compared={"preset": config.preset, **config.result_fields()},
-            environment={**run.get("versions", {}), **run.get("topology", {})},
-            restarts=restarts,
-            first_step=first_step,
-        )
+        try:
+            self._dashboard = Dashboard(
+                model_dir / "tensorboard",
+                config=dataclasses.asdict(config),
+                compared={"preset": config.preset, **config.result_fields()},
+                environment={**run.get("versions", {}), **run.get("topology", {})},
+                restarts=restarts,
+                first_step=first_step,
+            )
+        except (tf.errors.FailedPreconditionError, tf.errors.PermissionDeniedError) as error:
+            raise RequestError(f"{model_dir / 'tensorboard'} cannot be written: {storage.reason_of(error)}") from error
         self._writers += [
             JsonLines(model_dir / "metrics.jsonl", first_step),
             self._dashboard,
@@ -143,5 +148,10 @@ class Recording:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self._writers:
-            writer.close()
+        try:
+            with contextlib.ExitStack() as closing:
+                for writer in self._writers:
+                    closing.callback(writer.close)
+        except (OSError, tf.errors.OpError) as error:
+            # What ends the job is its own story; a disk that is full now was so before.
+            _log.warning("not all that is to look at could be written: %s", storage.reason_of(error))

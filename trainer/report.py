@@ -26,7 +26,7 @@ _CAPTIONS = {
     "precision_and_recall": "Precision and recall, each class against the others",
     "roc": "Receiver operating characteristic (logarithmic)",
     "calibration": "Calibration: is it right as often as it says?",
-    "augmented_input": "What it was trained on: augmented input",
+    "augmented_input": "What it was trained on, after --augment",
     "first_kernels": "Kernels of the first convolution",
 }
 _MOST_POINTS = 2_000
@@ -83,7 +83,7 @@ def _curves(records: list[Record]) -> Figure:
         "norm of the gradient": curves("gradient_norm"),
         "images per second": curves("images_per_second"),
     }
-    return figures.lines({title: found for title, found in panels.items() if found}, "epoch")
+    return figures.lines({title: found for title, found in panels.items() if found}, "epoch", list(panels)[:4])
 
 
 def _verdict(records: list[Record]) -> str:

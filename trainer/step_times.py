@@ -54,8 +54,8 @@ class StepTimes:
         text = f"{self.step_ms:.1f} ms a step: {', '.join(parts)}, {self.compute_ms / self.step_ms:.1%} computes."
         if wait > _MUCH_INPUT:
             advice = (
-                "Input is too slow: give this process more cores, convert the data with trainer.prepare --encoding raw, read it "
-                "into memory with --input_pipeline memory, or let others prepare it with --data_service."
+                "Input is too slow. Steps of a few milliseconds: a larger --global_batch_size. Records on disk: trainer.prepare "
+                "--encoding raw, --input_pipeline memory if they fit, or --data_service. In any case: more cores."
             )
         elif exchange > _MUCH_EXCHANGE:
             advice = "Exchanging takes much of it: a larger --global_batch_size or fewer replicas would use the devices better."

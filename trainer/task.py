@@ -30,6 +30,7 @@ def main(positional: list[str]) -> None:
         with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
             result = job.run(config, data, workers, stop)
     except Stopped as error:
+        stop.saved = True
         raise Stopped(f"{error}; go on with: {_command(config)}") from error
     if workers.is_chief:
         console.print_result(result, config.model_dir)

@@ -1,6 +1,7 @@
 """What comes out of a search: the best configuration as a preset, its one look at the test set, and the report."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
         "num_pruned": states.count(TrialState.PRUNED),
         "num_failed": states.count(TrialState.FAIL),
         "preset": str(preset),
+        "command": command_of(search),
         "model_dir": str(folder),
     }
     write_report(search, result)
@@ -70,11 +72,16 @@ def _preset(search: Search, best: FrozenTrial) -> str:
     config = dataclasses.replace(search.config, **best.params)
     usual = Config().result_fields()
     options = {name: value for name, value in config.result_fields().items() if value != usual[name]}
-    data = f" --data_dir {config.data_dir}" if config.data_dir else ""
     return (
         f"# The best of {search.finished} trials in {search.folder}: trial {best.number}, validation accuracy {best.value:.4%}.\n"
-        f"# python -m trainer.task --preset {search.folder / PRESET}{data}\n" + yaml.safe_dump(options, sort_keys=False)
+        f"# {command_of(search)}\n" + yaml.safe_dump(options, sort_keys=False)
     )
+
+
+def command_of(search: Search) -> str:
+    """What trains with the best configuration: on the data of the search, which is no part of a preset."""
+    data = [f"--data_dir={search.config.data_dir}"] if search.config.data_dir else []
+    return shlex.join(["python", "-m", "trainer.task", f"--preset={search.folder / PRESET}", *data])
 
 
 def update_report(search: Search) -> None:
@@ -99,7 +106,7 @@ def show(search: Search, result: dict[str, Any]) -> None:
         "validation accuracy": f"{result['best_validation_accuracy']:.2%}, the best of {result['num_finished']} trials "
         f"({result['num_pruned']} ended early, {result['num_failed']} more failed)",
         "model": f"{result['model_dir']}/export, {result['model_dir']}/model.keras",
-        "preset": f"python -m trainer.task --preset {result['preset']}",
+        "preset": command_of(search),
         "report": str(Path(search.folder) / "report.html"),
     }
     for name, text in rows.items():
