@@ -302,7 +302,8 @@ def test_winner_is_tested_once_whoever_comes_first_and_again_only_if_it_is_anoth
     assert results == [{
         "best_trial": 2, "best_validation_accuracy": pytest.approx(0.8 * (1 - 0.1 / 3)), "best_options": {"learning_rate": 0.2},
         "test_accuracy": 0.9, "test_loss": 0.1, "test_examples": 7, "num_finished": 3, "num_pruned": 0, "num_failed": 0,
-        "preset": str(search.folder / "best.yaml"), "model_dir": str(search.folder_of(2)),
+        "preset": str(search.folder / "best.yaml"),
+        "command": f"python -m trainer.task --preset={search.folder / 'best.yaml'}", "model_dir": str(search.folder_of(2)),
     }] * 3  # fmt: skip
     for rate, winners in ((0.5, ["0002"]), (0.01, ["0002", "0004"])):
         search.num_trials += 1
@@ -337,6 +338,8 @@ def test_search_ends_with_a_preset_a_result_and_one_look_at_the_test_set(tiny_da
     found = from_preset(str(study / "best.yaml"), {})
     assert {name: getattr(found, name) for name in result["best_options"]} == result["best_options"]
     assert found.validation_fraction == 0.2
+    assert f"--preset={study / 'best.yaml'} --data_dir={tiny_data}" in done.stdout
+    assert f"--preset={study / 'best.yaml'} --data_dir={tiny_data}" in (study / "best.yaml").read_text()
 
     before = {name: (study / name).stat().st_mtime_ns for name in ("result.json", "best.yaml", "report.html", "journal.log")}
     again = run()
