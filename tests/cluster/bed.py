@@ -2,8 +2,8 @@
 
     python tests/cluster/bed.py --binaries "$(tests/cluster/build.sh)" --folder build/bed --image image.tar -- COMMAND...
 
-COMMAND finds it by KUBECONFIG; without one, it is a shell. Needs root and Linux, and of Debian: containerd, runc and
-containernetworking-plugins. No Docker daemon, no registry: images come as archives (`docker save`, `buildah push`).
+COMMAND finds it by KUBECONFIG, and DIGITFLEET_BED=1 says that it is a bed; without a command, it is a shell. Needs root and, of
+Debian, containerd, runc and containernetworking-plugins. No Docker daemon, no registry: images come as archives (`docker save`).
 
 Everything is in namespaces of its own: whatever listens cannot be reached from outside of its network namespace; with the process
 namespace all processes end, and with the mount namespace all mounts go, even after `kill -9`. What the kernel does not take back
@@ -32,7 +32,7 @@ from nodes import BRIDGE, CNI, GATEWAY, PAUSE, Node, best_snapshotter, copy_imag
 
 from launch import kubectl
 
-_NUM_NODES = 2
+_NUM_NODES, _NUM_VOLUMES = 2, 8
 _CGROUPS, _CGROUP = Path("/sys/fs/cgroup"), "digitfleet-bed"
 _NEEDED = {
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "unshare": "util-linux", "ip": "iproute2",
@@ -58,7 +58,8 @@ def main() -> int:
     if arguments.inside:
         run = Path(arguments.inside)
         with cluster(arguments.binaries, arguments.folder, run, arguments.image) as kubeconfig:
-            return subprocess.run(command, env={**os.environ, "KUBECONFIG": str(kubeconfig)}, check=False).returncode
+            found = {"KUBECONFIG": str(kubeconfig), "DIGITFLEET_BED": "1"}
+            return subprocess.run(command, env={**os.environ, **found}, check=False).returncode
     if problem := _missing():
         print(f"{sys.argv[0]}: {problem}", file=sys.stderr)
         return 2
@@ -136,10 +137,9 @@ def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path]) -
             for hierarchy in _hierarchies():
                 (hierarchy / cgroup.lstrip("/") / node.name).mkdir(parents=True)
             node.start_kubelet(services, binaries / "kubelet", kubeconfig)
-        ready = [f"node/{node.name}" for node in nodes]
-        services.wait_for(
-            [kubectl.program(), f"--kubeconfig={kubeconfig}", "wait", "--for=condition=Ready", "--timeout=5s", *ready]
-        )
+        wait = [kubectl.program(), f"--kubeconfig={kubeconfig}", "wait", "--for=condition=Ready", "--timeout=5s"]
+        services.wait_for([*wait, *(f"node/{node.name}" for node in nodes)])
+        _make_volumes(run / "disks", kubeconfig)
         yield kubeconfig
 
 
@@ -214,6 +214,21 @@ def _tar(files: dict[str, tuple[bytes, int]]) -> bytes:
             entry.size, entry.mode = len(content), mode
             archive.addfile(entry, io.BytesIO(content))
     return stream.getvalue()
+
+
+def _make_volumes(folder: Path, kubeconfig: Path) -> None:
+    """Folders of this machine, which all nodes see, stand for a shared file system that everybody may write to."""
+    volumes = []
+    for number in range(_NUM_VOLUMES):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        place.chmod(0o777)
+        modes = ["ReadWriteMany", "ReadWriteOnce"]
+        spec = {"capacity": {"storage": "100Gi"}, "accessModes": modes, "hostPath": {"path": str(place)}}
+        volumes.append({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"disk-{number}"}, "spec": spec})
+    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": volumes})
+    create = [kubectl.program(), f"--kubeconfig={kubeconfig}", "create", "--filename=-"]
+    subprocess.run(create, input=everything, text=True, check=True, stdout=subprocess.DEVNULL)
 
 
 def _do(*command: str | Path) -> None:

@@ -78,6 +78,6 @@ class Namespace:
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.3)
     return found
