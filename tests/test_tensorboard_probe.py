@@ -1,0 +1,39 @@
+"""What the manifest asks TensorBoard to find out whether it is ready."""
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+from conftest import ROOT
+
+from trainer.ports import free_ports
+
+
+def test_tensorboard_answers_the_probe_of_its_deployment(tmp_path: Path) -> None:
+    """A real kubelet has asked /healthz, which TensorBoard does not know: its pod never became ready, and its Service led nowhere."""
+    deployment = yaml.safe_load((ROOT / "k8s/components/tensorboard/deployment.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    path = container["readinessProbe"]["httpGet"]["path"]
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={tmp_path}", f"--port={port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                    assert answer.status == 200
+                    return
+            except urllib.error.HTTPError:
+                raise
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
