@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,7 @@ from nodes import BRIDGE, CNI, GATEWAY, PAUSE, Node, best_snapshotter, copy_imag
 from launch import kubectl
 
 _NUM_NODES, _NUM_VOLUMES = 2, 8
+_ENDS_WITHIN_SECS = 15
 _CGROUPS, _CGROUP = Path("/sys/fs/cgroup"), "digitfleet-bed"
 _NEEDED = {
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "unshare": "util-linux", "ip": "iproute2",
@@ -99,17 +101,20 @@ def _in_namespaces(command: Sequence[str]) -> int:
 
 def _sweep(folder: Path, run: Path | None = None) -> None:
     """Removes what a run has left that the kernel does not take back by itself: this one's, or those of beds that were killed."""
-    names = (
-        [run.name] if run else [path.name for path in folder.glob("run-*") if not Path("/proc", path.name.split("-")[1]).exists()]
-    )
+    names = [path.name for path in folder.glob("run-*") if path == run or not Path("/proc", path.name.split("-")[1]).exists()]
     for name in names:
-        for top in _CGROUPS.glob(f"**/{_CGROUP}-{name}"):
-            for path in sorted(top.glob("**/"), reverse=True):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in folder.glob("importing-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        left = [folder / name, *(hierarchy / f"{_CGROUP}-{name}" for hierarchy in _hierarchies())]
+        # Its processes may be just about to end.
+        deadline = time.monotonic() + _ENDS_WITHIN_SECS
+        while any(path.exists() for path in left) and time.monotonic() < deadline:
+            for top in left[1:]:
+                for path in sorted(top.glob("**/"), reverse=True):
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+            # The folder comes last: by it, the next bed finds what this one could not remove.
+            if not any(path.exists() for path in left[1:]):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

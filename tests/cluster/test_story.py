@@ -102,6 +102,7 @@ def test_job_completes_with_the_weights_of_a_local_run(namespace: Namespace, who
 
 
 def test_tensorboard_shows_the_run(namespace: Namespace, whole: dict) -> None:
+    namespace.kubectl("rollout", "status", "deployment/digitfleet-tensorboard", "--timeout=60s")
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "launch.k8s", "tensorboard", f"--namespace={namespace.name}", f"--port={port}"]
     # A shell lets what it starts in the background ignore Ctrl-C.
