@@ -147,9 +147,9 @@ def test_node_drained(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> N
     wait_for(lambda: (found := job.pod(1)) and found["spec"].get("nodeName"))
     node = job.pod(1)["spec"]["nodeName"]
     try:
-        # The job's own pods alone: what else is on the node stays.
-        selector = f"--pod-selector=app.kubernetes.io/instance={job.name}"
-        recovery = job.recovery(lambda: job.namespace.kubectl("drain", node, selector, "--timeout=120s"))
+        # The job's own pods alone: what else is on the node stays. What they have in emptyDir is temporary.
+        options = (f"--pod-selector=app.kubernetes.io/instance={job.name}", "--delete-emptydir-data", "--timeout=120s")
+        recovery = job.recovery(lambda: job.namespace.kubectl("drain", node, *options))
         show(recovery.row("`kubectl drain` of a worker's node"), capsys)
         assert job.pod(1)["spec"]["nodeName"] != node
     finally:
@@ -205,7 +205,9 @@ def test_request_that_cannot_be_met_fails_at_once_and_is_not_tried_again(job: Jo
 
 def test_claim_that_is_not_there(job: Job) -> None:
     options = ("--overlay=cpu", "--storage=nowhere")
-    assert "there is no such claim" in job.namespace.fails("submit", f"--name={job.name}", *options)
+    done = job.namespace.run("submit", f"--name={job.name}", *options)
+    assert done.returncode == 2
+    assert "--storage=nowhere: there is no such claim" in done.stderr.splitlines()[-1]
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -271,15 +273,15 @@ def test_gpus_are_counted(namespace: Namespace, job: Job) -> None:
     assert patched, "every node has GPUs already"
     total = sum(int(node["status"]["allocatable"].get(GPU, 0)) for node in nodes) + len(patched)
     more = Job(namespace, f"{job.name}-more", IMAGE)
-    options = ("--gpus_per_worker=1", "--cpus_per_worker=100m", "--memory_per_worker=2Gi")
+    options = ("--overlay=cpu", "--gpus_per_worker=1", "--cpus_per_worker=100m", "--memory_per_worker=2Gi")
     try:
         for name in patched:
             namespace.kubectl("patch", "node", name, "--subresource=status", "--type=json", f"--patch={_gpus('add', '1')}")
-        job.submit(*FLAGS, options=("--overlay=multi-worker", f"--workers={total}", *options))
+        job.submit(*FLAGS, options=(*options, f"--workers={total}"))
         wait_for(lambda: job.report()["workers"] and all(worker["phase"] == "Running" for worker in job.report()["workers"]), 120)
         limits = [pod["spec"]["containers"][0]["resources"]["limits"][GPU] for pod in namespace.pods(job.name)]
         assert limits == ["1"] * total
-        more.submit(*FLAGS, options=("--overlay=single-node", *options))
+        more.submit(*FLAGS, options=(*options, "--workers=1"))
         report = wait_for(lambda: "Insufficient nvidia.com/gpu" in (found := more.report())["why"] and found)
         assert (report["state"], report["workers"][0]["phase"]) == ("waiting", "Pending")
         # What is given back is taken at once.
