@@ -55,12 +55,17 @@ class Node:
 
     def start_kubelet(self, services: Services, kubelet: Path, kubeconfig: Path) -> None:
         """Starts the kubelet, which registers the node."""
+        # Where it makes sockets, wherever the folder is: their names are 107 bytes at most.
+        files, place = self.folder / "kubelet", self.state / "kubelet"
+        for path in (files, place):
+            path.mkdir()
+        subprocess.run(["mount", "--bind", files, place], check=True)
         config = self.folder / "kubelet.json"
         config.write_text(json.dumps(self._kubelet()))
         services.start(
             f"kubelet-{self.name}", kubelet, f"--config={config}", f"--kubeconfig={kubeconfig}",
             f"--hostname-override={self.name}",
-            f"--node-ip={self.address}", f"--root-dir={self.folder / 'kubelet'}", f"--cert-dir={self.folder / 'certificates'}",
+            f"--node-ip={self.address}", f"--root-dir={place}", f"--cert-dir={self.folder / 'certificates'}",
         )  # fmt: skip
 
     def _network(self) -> dict:
