@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IMAGE ?= build/image
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-e2e test-browser test-container test-cluster lint format clean
+.PHONY: train test test-e2e test-browser test-container test-cluster test-control-plane test-story lint format clean
 
 train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
@@ -24,8 +24,13 @@ test-container: $(INSTALLED)  ## Builds the image (buildah, debootstrap; root) a
 	tests/container/build.sh $(IMAGE)
 	DIGITFLEET_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container $(ARGS)
 
-test-cluster: $(INSTALLED)  ## Builds a Kubernetes control plane (Go) and submits every kind of job to it
-	DIGITFLEET_CONTROL_PLANE="$$(tests/cluster/build.sh)" $(BIN)/python -m pytest -m cluster $(ARGS)
+test-cluster: test-control-plane test-story  ## Kubernetes, built here (Go): every kind of job submitted, and jobs really run
+
+test-control-plane: $(INSTALLED)
+	DIGITFLEET_CONTROL_PLANE="$$(tests/cluster/build.sh)" $(BIN)/python -m pytest -m cluster --ignore=tests/cluster/test_story.py $(ARGS)
+
+test-story: $(INSTALLED)  ## On the cluster of KUBECONFIG with the image DIGITFLEET_IMAGE_NAME, or on nodes made here (root, containerd)
+	PYTHON=$(abspath $(BIN)/python) tests/cluster/story.sh $(IMAGE) $(ARGS)
 
 lint: $(INSTALLED)  ## Style, formatting and types
 	$(BIN)/ruff check .

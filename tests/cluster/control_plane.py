@@ -1,6 +1,7 @@
 """A real Kubernetes control plane as processes of this machine, on loopback: etcd, kube-apiserver, kube-controller-manager.
 
-It has no nodes: pods are made, admitted and counted, and stay Pending; a test says how they end in a kubelet's place.
+By itself it has no nodes: pods are made, admitted and counted, and stay Pending; a test says how they end in a kubelet's place.
+bed.py adds nodes.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch import kubectl
 from trainer.ports import free_ports
 
 _READY_WITHIN_SECS = 120
@@ -43,30 +45,61 @@ def running(binaries: Path, folder: Path) -> Iterator[Path]:
             f"--token-auth-file={tokens}", "--authorization-mode=RBAC", f"--service-account-key-file={public}",
             f"--service-account-signing-key-file={key}", "--service-account-issuer=https://kubernetes.default.svc",
             "--service-cluster-ip-range=198.18.0.0/16", "--endpoint-reconciler-type=none",
+            "--kubelet-preferred-address-types=InternalIP",
         ],
         [
             "kube-controller-manager", f"--kubeconfig={kubeconfig}", f"--service-account-private-key-file={key}",
             "--leader-elect=false", "--bind-address=127.0.0.1", f"--secure-port={manager}",
         ],
     ]  # fmt: skip
-    processes: list[subprocess.Popen] = []
-    try:
+    with Services(folder) as services:
         for name, *arguments in commands:
-            with open(folder / f"{name}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen([str(binaries / name), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-                )
+            services.start(name, binaries / name, *arguments)
             if name == "kube-apiserver":
-                _wait(kubeconfig, processes, folder)
+                services.wait_for([kubectl.program(), f"--kubeconfig={kubeconfig}", "get", "--raw=/readyz"])
         yield kubeconfig
-    finally:
-        for process in reversed(processes):
+
+
+class Services:
+    """Processes that are ended with the context, the last one first; a log of each in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._processes = folder, {}
+
+    def __enter__(self) -> "Services":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in reversed(self._processes.values()):
             process.send_signal(signal.SIGTERM)
-        for process in processes:
+        for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             process.kill()
             process.wait()
+
+    def start(self, name: str, *command: str | Path) -> None:
+        """Starts a process; `name` is its log's, too."""
+        with open(self._folder / f"{name}.log", "w") as log:
+            self._processes[name] = subprocess.Popen(
+                [str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def end(self, name: str) -> None:
+        """Ends one by SIGTERM and waits for that."""
+        process = self._processes.pop(name)
+        process.terminate()
+        process.wait()
+
+    def wait_for(self, command: list[str], seconds: float = _READY_WITHIN_SECS) -> None:
+        """Waits until a command succeeds; fails with the logs when a process has ended meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
+            ended = [name for name, process in self._processes.items() if process.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                logs = "".join(f"{name}: {(self._folder / f'{name}.log').read_text()[-3000:]}\n" for name in self._processes)
+                raise RuntimeError(f"{command}: {done.stderr}; ended: {ended or 'none'}\n{logs}")
+            time.sleep(0.5)
 
 
 def for_token(kubeconfig: Path, token: str, target: Path) -> Path:
@@ -84,16 +117,3 @@ users: [{{name: user, user: {{token: {token}}}}}]
 contexts: [{{name: test, context: {{cluster: test, user: user}}}}]
 current-context: test
 """
-
-
-def _wait(kubeconfig: Path, processes: list[subprocess.Popen], folder: Path) -> None:
-    from launch import kubectl
-
-    deadline = time.monotonic() + _READY_WITHIN_SECS
-    command = [kubectl.program(), f"--kubeconfig={kubeconfig}", "get", "--raw=/readyz"]
-    while subprocess.run(command, capture_output=True, check=False).returncode:
-        ended = [process.args[0] for process in processes if process.poll() is not None]
-        logs = "".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
-        assert not ended, f"{ended} ended:\n{logs}"
-        assert time.monotonic() < deadline, logs
-        time.sleep(0.5)

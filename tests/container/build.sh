@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the image's cpu target without a Docker daemon and without an image registry, and unpacks it for runc:
 #
-#   tests/container/build.sh FOLDER      # FOLDER/rootfs, FOLDER/image.json
+#   tests/container/build.sh FOLDER              # FOLDER/rootfs, FOLDER/image.json
+#   tests/container/build.sh FOLDER archive      # and FOLDER/image.tar, as `docker save` writes it, for the nodes of a cluster
 #
 # Debian's own Python, put together by debootstrap, stands in for the base that the Dockerfile names. Needs root, buildah, debootstrap,
 # and the package indices of Debian and Python.
@@ -32,9 +33,20 @@ fi
 if [[ -n ${PIP_INDEX_URL:-} ]]; then options+=(--build-arg "PIP_INDEX_URL=$PIP_INDEX_URL"); fi
 "${build[@]}" build "${options[@]}" --file k8s/Dockerfile --tag localhost/digitfleet:cpu .
 
-"${build[@]}" inspect --type image localhost/digitfleet:cpu |
+image=localhost/digitfleet:cpu
+"${build[@]}" inspect --type image "$image" |
     python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)["OCIv1"]["config"]))' >"$folder/image.json"
-container=$("${build[@]}" from localhost/digitfleet:cpu)
-rm -rf "$folder/rootfs"
-cp -a "$("${build[@]}" mount "$container")" "$folder/rootfs"
-"${build[@]}" rm "$container" >/dev/null
+id=$("${build[@]}" inspect --type image --format '{{.FromImageID}}' "$image")
+# Gigabytes are written when there is something new only.
+if [[ $(cat "$folder/rootfs.id" 2>/dev/null) != "$id" ]]; then
+    container=$("${build[@]}" from "$image")
+    rm -rf "$folder/rootfs"
+    cp -a "$("${build[@]}" mount "$container")" "$folder/rootfs"
+    "${build[@]}" rm "$container" >/dev/null
+    echo "$id" >"$folder/rootfs.id"
+fi
+if [[ ${2:-} == archive && $(cat "$folder/image.tar.id" 2>/dev/null) != "$id" ]]; then
+    rm -f "$folder/image.tar"
+    "${build[@]}" push --quiet --disable-compression "$image" "docker-archive:$folder/image.tar:$image"
+    echo "$id" >"$folder/image.tar.id"
+fi
