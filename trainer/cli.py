@@ -5,25 +5,35 @@ import logging as standard_logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import app, flags, logging
 
 from trainer import cluster
 from trainer import flags as task_flags
-from trainer.errors import EXIT_FINISHED, JobError
+from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
 
 
-def run(program: str, main: Callable[[list[str]], None]) -> None:
-    """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1."""
+def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False) -> None:
+    """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1.
+
+    Args:
+        program: its name, for messages.
+        main: the program.
+        at_once: ends the process without Python's and TensorFlow's own end. TensorFlow 2.21 waits there for threads of input
+            pipelines, once in a while for ever (seen in ~UnboundedThreadPool, below the destructor of MultiDeviceIterator).
+    """
     app.define_help_flags()
     try:
         positional = task_flags.parse(flags.FLAGS, sys.argv)[1:]
     except JobError as error:
-        _end(program, error)
+        _tell(program, error)
+        sys.exit(error.exit_code)
     except SystemExit as error:
         # absl ends --help with 1, although nothing is wrong.
         sys.exit(EXIT_FINISHED if error.code == 1 else error.code)
@@ -31,11 +41,16 @@ def run(program: str, main: Callable[[list[str]], None]) -> None:
     try:
         main(positional)
     except JobError as error:
-        _end(program, error)
+        _tell(program, error)
+        _exit(error.exit_code, at_once)
     except KeyboardInterrupt:
         # Of a program that does not listen for the signal itself.
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(_EXIT_INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        _exit(EXIT_DEFECT, at_once)
+    _exit(EXIT_FINISHED, at_once)
 
 
 @contextlib.contextmanager
@@ -65,10 +80,18 @@ def quiet_start() -> Iterator[None]:
             os.close(stderr)
 
 
-def _end(program: str, error: JobError) -> None:
+def _tell(program: str, error: JobError) -> None:
     line = " ".join(str(error).split())
     print(f"{program}: {line}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
+
+
+def _exit(code: int, at_once: bool) -> NoReturn:
+    if at_once:
+        standard_logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _log_plainly(program: str) -> None:

@@ -35,7 +35,13 @@ _EVAL_BATCH_PER_REPLICA = 500
 _TROUBLE_SHOWS_WITHIN_SECS = 3.0
 
 
-def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -> dict[str, Any]:
+def run(
+    config: Config,
+    dataset: Dataset,
+    cluster: Cluster,
+    stop: StopRequest,
+    keep: Callable[[object], None] = lambda _: None,
+) -> dict[str, Any]:
     """Trains, evaluates on the test set and exports, or goes on where an earlier process stopped.
 
     Args:
@@ -43,6 +49,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
         dataset: the data.
         cluster: the workers, and which one this is.
         stop: asked between inner loops.
+        keep: takes what a program that ends anyway should not destroy before: see `cli.run`.
 
     Returns:
         The content of result.json. If it is there already, nothing is done again.
@@ -87,7 +94,7 @@ def run(config: Config, dataset: Dataset, cluster: Cluster, stop: StopRequest) -
             loading.resident(validation_set, config) if validation_set else None,
             loading.resident(dataset.test, config),
         )
-        result = _train(config, plan, dataset, examples, topology, cluster, restarts, start, stop, watch)
+        result = _train(config, plan, dataset, examples, topology, cluster, restarts, start, stop, watch, keep)
         # Whoever has exited could not be asked again if the chief, say, found the disk full.
         watch.feed("waiting for the others to finish", compiles=True)
         watch.end_together()
@@ -105,6 +112,7 @@ def _train(
     start: claim.Start,
     stop: StopRequest,
     watch: Watch,
+    keep: Callable[[object], None],
 ) -> dict[str, Any]:
     """Restores, trains, evaluates and exports; all workers in the same order."""
     model_dir, (train_set, validation_set, test_set) = Path(config.model_dir), examples
@@ -139,6 +147,7 @@ def _train(
         observe=recording.observe,
         write_histograms=recording.histograms_of(state),
     )
+    keep(work.iterator)
     with recording:
         Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
         # The only look at the test set, after everything has been chosen.

@@ -19,12 +19,11 @@ ONE_REQUEST_SECS = 1.0
 
 
 class StopRequest:
-    """Whether somebody has asked this job to stop, and how; and, once it is `saved`, that nothing is left to wait for."""
+    """Whether somebody has asked this job to stop, and how."""
 
     def __init__(self) -> None:
         self._name = ""
         self.listening = False
-        self.saved = False
 
     @property
     def name(self) -> str:
@@ -60,9 +59,6 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
             os.read(reader, 1)
         if select.select([reader], [], [], seconds - together)[0]:
             end_now(f"a second signal: stopped without saving after {name}")
-        if stop.saved:
-            # It is the end of the process that takes so long.
-            os._exit(EXIT_STOPPED)
         end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
 
     threading.Thread(target=wait, name="signals", daemon=True).start()

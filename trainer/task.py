@@ -26,11 +26,11 @@ def main(positional: list[str]) -> None:
     with cli.quiet_start():
         from trainer import job
 
+    kept: list[object] = []
     try:
         with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
-            result = job.run(config, data, workers, stop)
+            result = job.run(config, data, workers, stop, kept.append)
     except Stopped as error:
-        stop.saved = True
         raise Stopped(f"{error}; go on with: {_command(config)}") from error
     if workers.is_chief:
         console.print_result(result, config.model_dir)
@@ -43,4 +43,4 @@ def _command(config: Config) -> str:
 
 if __name__ == "__main__":
     task_flags.define(flags.FLAGS)
-    cli.run("trainer.task", main)
+    cli.run("trainer.task", main, at_once=True)
