@@ -137,6 +137,9 @@ def test_any_user_trains_on_a_read_only_root(place: Place) -> None:
     assert result["test_examples"] == 10_000
     assert (place.data / "runs/first/result.json").stat().st_uid == place.uid
     assert "Traceback" not in container.log.read_text()
+    # Drawn, although there is no home to keep fonts in.
+    assert (place.data / "runs/first/report.html").exists()
+    assert "atplotlib" not in container.log.read_text()
 
 
 def test_stopped_container_saves_and_a_second_one_goes_on(place: Place) -> None:
