@@ -174,6 +174,7 @@ def test_search_that_is_stopped_ends_its_trials_and_goes_on_with_them(search_in,
     thread = threading.Thread(target=runner(search, stop).run, args=(2,))
     thread.start()
     while not all((search.folder_of(number) / "metrics.jsonl").exists() for number in (1, 2)):
+        assert thread.is_alive(), "the search ended before its trials had begun"
         time.sleep(0.02)
     assert len(children_of(os.getpid())) >= 2
     stop.set("SIGTERM")

@@ -149,6 +149,14 @@ def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
     assert "cannot be written" in storage.read_json(tmp_path / "run/config.json")["starts"][-1]["ended"]  # type: ignore[index]
 
 
+def test_report_that_cannot_be_drawn_costs_nothing_else(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "of_predictions", Mock(side_effect=ZeroDivisionError))
+    assert run_here(report=True)["steps"] == 32
+    assert (tmp_path / "run/result.json").exists()
+    assert (tmp_path / "run/export/saved_model.pb").exists()
+    assert not (tmp_path / "run/report.html").exists()
+
+
 def test_folder_of_event_files_that_is_none_is_refused(run_here: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,39 +110,21 @@ class Recording:
             result: the content of result.json.
             moved: is called now and then.
         """
-        if self._dashboard:
-            try:
-                self._draw(self._dashboard, model, dataset, train_set, split, shown, result, moved)
-            except (OSError, tf.errors.OpError):
-                # A full disk, which is the job's affair.
-                raise
-            except Exception:
-                # Hours of training are not to be lost by what a picture cannot show.
-                _log.exception("the report could not be drawn; the model is not affected")
+        if not self._dashboard:
+            return
+        with _nothing_lost():
+            # It tells where it keeps its fonts when its folder is read-only, as in a container.
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)
+            # Only now: drawing takes a second to import, and a job that only trains needs none of it.
+            from trainer import gallery, predictions, report
 
-    def _draw(
-        self,
-        dashboard: Dashboard,
-        model: keras.Model,
-        dataset: Dataset,
-        train_set: Part,
-        split: str,
-        shown: Part,
-        result: dict[str, Any],
-        moved: Callable[[], object],
-    ) -> None:
-        # It tells where it keeps its fonts when its folder is read-only, as in a container.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        # Only now: drawing takes a second to import, and a job that only trains needs none of it.
-        from trainer import gallery, predictions, report
-
-        model_dir = Path(self._config.model_dir)
-        answers = predictions.predict(model, shown, split, dataset.class_names, moved)
-        drawn = gallery.draw(self._config, model, answers, train_set)
-        moved()
-        gallery.show(drawn, model, answers, dashboard, model_dir / "tensorboard", result["steps"])
-        moved()
-        report.write(model_dir, self._config, result, drawn, answers)
+            model_dir = Path(self._config.model_dir)
+            answers = predictions.predict(model, shown, split, dataset.class_names, moved)
+            drawn = gallery.draw(self._config, model, answers, train_set)
+            moved()
+            gallery.show(drawn, model, answers, self._dashboard, model_dir / "tensorboard", result["steps"])
+            moved()
+            report.write(model_dir, self._config, result, drawn, answers)
 
     def __enter__(self) -> "Recording":
         return self
@@ -155,3 +137,14 @@ class Recording:
         except (OSError, tf.errors.OpError) as error:
             # What ends the job is its own story; a disk that is full now was so before.
             _log.warning("not all that is to look at could be written: %s", storage.reason_of(error))
+
+
+@contextlib.contextmanager
+def _nothing_lost() -> Iterator[None]:
+    """Hours of training are not to be lost by what a picture cannot show; a full disk is the job's affair."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError):
+        raise
+    except Exception:
+        _log.exception("the report could not be drawn; the model is not affected")
