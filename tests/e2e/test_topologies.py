@@ -77,7 +77,9 @@ def test_float32_accuracy_does_not_depend_on_the_number_of_replicas(start_job, t
     }
     one = start_job(**options, model_dir=tmp_path / "one").finish()
     two = start_job(**options, model_dir=tmp_path / "two", num_devices=2).finish()
-    assert abs(one["test_accuracy"] - two["test_accuracy"]) <= 0.001
+    # 0.1 points for the replicas, and what rounding alone does to a pair of runs: accuracies of equal jobs differ by about 0.05
+    # points (one standard deviation), so 99.7 % of pairs by less than 0.2. The README compares means of five.
+    assert abs(one["test_accuracy"] - two["test_accuracy"]) <= 0.003
 
 
 def test_workers_read_the_best_weights_that_the_chief_has_written_in_the_last_epoch(start_workers) -> None:
