@@ -1,4 +1,4 @@
-"""A Kubernetes cluster of two nodes on this machine, whose pods really run, for as long as a command runs:
+"""A Kubernetes cluster of two nodes on this machine, with JobSet and Kueue, whose pods really run, for as long as a command runs:
 
     python tests/cluster/bed.py --binaries "$(tests/cluster/build.sh)" --folder build/bed --image image.tar -- COMMAND...
 
@@ -28,6 +28,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import control_plane
+import operators
 from control_plane import Services
 from nodes import BRIDGE, CNI, GATEWAY, PAUSE, Node, best_snapshotter, copy_images
 
@@ -127,10 +128,7 @@ def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path]) -
     snapshotter = best_snapshotter(run)
     images = _images(folder, run, binaries / "pause", archives, snapshotter)
     with control_plane.running(binaries, run) as kubeconfig, Services(run) as services:
-        services.start(
-            "kube-scheduler", binaries / "kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false",
-            "--bind-address=127.0.0.1",
-        )  # fmt: skip
+        control_plane.start_scheduler(services, binaries, kubeconfig)
         names = run / "Corefile"
         names.write_text(
             f".:53 {{\n bind {GATEWAY}\n errors\n kubernetes cluster.local in-addr.arpa {{\n  kubeconfig {kubeconfig}\n }}\n}}\n"
@@ -144,7 +142,9 @@ def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path]) -
             node.start_kubelet(services, binaries / "kubelet", kubeconfig)
         wait = [kubectl.program(), f"--kubeconfig={kubeconfig}", "wait", "--for=condition=Ready", "--timeout=5s"]
         services.wait_for([*wait, *(f"node/{node.name}" for node in nodes)])
-        _make_volumes(run / "disks", kubeconfig)
+        control_plane.make_volumes(_NUM_VOLUMES, run / "disks", kubeconfig)
+        operators.install_jobset(services, binaries, run, kubeconfig)
+        operators.install_kueue(services, binaries, run, kubeconfig)
         yield kubeconfig
 
 
@@ -219,21 +219,6 @@ def _tar(files: dict[str, tuple[bytes, int]]) -> bytes:
             entry.size, entry.mode = len(content), mode
             archive.addfile(entry, io.BytesIO(content))
     return stream.getvalue()
-
-
-def _make_volumes(folder: Path, kubeconfig: Path) -> None:
-    """Folders of this machine, which all nodes see, stand for a shared file system that everybody may write to."""
-    volumes = []
-    for number in range(_NUM_VOLUMES):
-        place = folder / str(number)
-        place.mkdir(parents=True)
-        place.chmod(0o777)
-        modes = ["ReadWriteMany", "ReadWriteOnce"]
-        spec = {"capacity": {"storage": "100Gi"}, "accessModes": modes, "hostPath": {"path": str(place)}}
-        volumes.append({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"disk-{number}"}, "spec": spec})
-    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": volumes})
-    create = [kubectl.program(), f"--kubeconfig={kubeconfig}", "create", "--filename=-"]
-    subprocess.run(create, input=everything, text=True, check=True, stdout=subprocess.DEVNULL)
 
 
 def _do(*command: str | Path) -> None:

@@ -5,10 +5,11 @@ bed.py adds nodes.
 """
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import kubectl
@@ -58,6 +59,35 @@ def running(binaries: Path, folder: Path) -> Iterator[Path]:
             if name == "kube-apiserver":
                 services.wait_for([kubectl.program(), f"--kubeconfig={kubeconfig}", "get", "--raw=/readyz"])
         yield kubeconfig
+
+
+def start_scheduler(services: "Services", binaries: Path, kubeconfig: Path) -> None:
+    """For clusters with nodes."""
+    (port,) = free_ports(1)
+    services.start(
+        "kube-scheduler", binaries / "kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false",
+        "--bind-address=127.0.0.1", f"--secure-port={port}",
+    )  # fmt: skip
+
+
+def make_volumes(number: int, folder: Path, kubeconfig: Path) -> None:
+    """Folders of this machine, which all nodes see, stand for a shared file system that everybody may write to."""
+    volumes = []
+    for name in range(number):
+        place = folder / str(name)
+        place.mkdir(parents=True)
+        place.chmod(0o777)
+        modes = ["ReadWriteMany", "ReadWriteOnce"]
+        spec = {"capacity": {"storage": "100Gi"}, "accessModes": modes, "hostPath": {"path": str(place)}}
+        volumes.append({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"disk-{name}"}, "spec": spec})
+    create(volumes, kubeconfig)
+
+
+def create(objects: Sequence[dict], kubeconfig: Path) -> None:
+    """Creates objects; fails if there is one already."""
+    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    command = [kubectl.program(), f"--kubeconfig={kubeconfig}", "create", "--filename=-"]
+    subprocess.run(command, input=everything, text=True, check=True, stdout=subprocess.DEVNULL)
 
 
 class Services:

@@ -55,6 +55,12 @@ class Namespace:
         lines = self.kubectl("get", kinds, "--output=name").split()
         return {line for line in lines if not line.endswith("kube-root-ca.crt")}
 
+    def delete(self) -> None:
+        """Takes it away, its jobs first: docs/kubernetes.md, "Deleting a namespace", says why."""
+        for kind in ("jobsets.jobset.x-k8s.io", "jobs"):
+            self.kubectl("delete", kind, "--all", check=False)
+        self.kubectl("delete", "namespace", self.name, "--wait=false")
+
     def end_pod(self, pod: dict, code: int, **status: Any) -> None:
         """What a kubelet reports of a container that has ended."""
         terminated = {
@@ -73,6 +79,15 @@ class Namespace:
         }
         name = pod["metadata"]["name"]
         self.kubectl("patch", "pod", name, "--subresource=status", "--type=merge", f"--patch={json.dumps(patch)}")
+
+
+def restricted(kubeconfig: Path, name: str) -> Namespace:
+    """A new namespace with Pod Security "restricted" enforced."""
+    found = Namespace(kubeconfig, name)
+    found.kubectl("create", "namespace", name)
+    found.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    wait_for(lambda: found.kubectl("get", "serviceaccount", "default", "--ignore-not-found"))
+    return found
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:

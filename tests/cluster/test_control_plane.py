@@ -5,19 +5,20 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import control_plane
 import pytest
-from namespaces import Namespace, wait_for
+from namespaces import Namespace, restricted, wait_for
 
 pytestmark = pytest.mark.cluster
 
 CRDS = os.environ.get("DIGITFLEET_CRDS", "")
 PLAIN = ["multi-worker", "single-node", "cpu", "spot", "sweep"]
 needs_crds = pytest.mark.skipif(not CRDS, reason="DIGITFLEET_CRDS names no folder with the operators' definitions")
-CUSTOM = [pytest.param(name, marks=needs_crds) for name in ("jobset", "trainjob", "tfjob")]
+CUSTOM = [pytest.param(name, marks=needs_crds) for name in ("trainjob", "tfjob")]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,9 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def namespace(kubeconfig: Path, request: pytest.FixtureRequest) -> Namespace:
+def namespace(kubeconfig: Path) -> Namespace:
     """A namespace of the test's own, with Pod Security enforced."""
-    admin = Namespace(kubeconfig, "default")
-    count = len(json.loads(admin.kubectl("get", "namespaces", "--output=json"))["items"])
-    found = Namespace(kubeconfig, f"team-{count}")
-    admin.kubectl("create", "namespace", found.name)
-    admin.kubectl("label", "namespace", found.name, "pod-security.kubernetes.io/enforce=restricted")
-    wait_for(lambda: found.kubectl("get", "serviceaccount", "default", "--ignore-not-found"))
-    return found
+    return restricted(kubeconfig, f"team-{time.time_ns() // 1_000_000}")
 
 
 @pytest.mark.parametrize("overlay", [*PLAIN, *CUSTOM])
@@ -126,28 +121,6 @@ def test_job_is_replaced_deleted_and_never_takes_the_volume_along(namespace: Nam
     assert left == {
         f"{kind}/letters" for kind in ("job.batch", "service", "networkpolicy.networking.k8s.io", "poddisruptionbudget.policy")
     } | {"persistentvolumeclaim/digitfleet"}
-
-
-def test_suspended_job_starts_no_pod_until_its_queue_lets_it(namespace: Namespace) -> None:
-    if not CRDS:
-        pytest.skip("DIGITFLEET_CRDS names no folder with Kueue's definitions")
-    assert "there is no such LocalQueue" in namespace.fails("submit", "--name=digits", "--queue=gpus")
-    queue = {
-        "apiVersion": "kueue.x-k8s.io/v1beta2",
-        "kind": "LocalQueue",
-        "metadata": {"name": "gpus"},
-        "spec": {"clusterQueue": "q"},
-    }
-    namespace.kubectl("create", "--filename=-", send=json.dumps(queue))
-    namespace.works("submit", "--name=digits", "--queue=gpus")
-    assert "in the queue gpus" in namespace.report("digits")["why"]
-    # The controller's own word that it has looked at the job, so that no pods means that none will come.
-    conditions = "--output=jsonpath={.status.conditions[*].type}"
-    wait_for(lambda: "Suspended" in namespace.kubectl("get", "job", "digits", conditions))
-    assert namespace.pods("digits") == []
-    # What Kueue does.
-    namespace.kubectl("patch", "job", "digits", "--type=merge", '--patch={"spec": {"suspend": false}}')
-    wait_for(lambda: len(namespace.pods("digits")) == 2)
 
 
 def test_user_of_one_namespace_needs_no_more_than_that(namespace: Namespace, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from namespaces import Namespace, wait_for
+from namespaces import Namespace, restricted, wait_for
 from story import FLAGS, STEPS, Job, Recovery
 
 from trainer.ports import free_ports
@@ -36,14 +36,11 @@ GPU = "nvidia.com/gpu"
 def namespace() -> Iterator[Namespace]:
     """A namespace with Pod Security enforced."""
     assert os.environ.get("KUBECONFIG"), "KUBECONFIG names no cluster: make test-cluster makes one"
-    found = Namespace(Path(os.environ["KUBECONFIG"]), f"digitfleet-story-{time.time_ns() // 1_000_000}")
-    found.kubectl("create", "namespace", found.name)
+    found = restricted(Path(os.environ["KUBECONFIG"]), f"digitfleet-story-{time.time_ns() // 1_000_000}")
     try:
-        found.kubectl("label", "namespace", found.name, "pod-security.kubernetes.io/enforce=restricted")
-        wait_for(lambda: found.kubectl("get", "serviceaccount", "default", "--ignore-not-found"))
         yield found
     finally:
-        found.kubectl("delete", "namespace", found.name, "--wait=false")
+        found.delete()
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +59,13 @@ def job(namespace: Namespace, whole: dict, request: pytest.FixtureRequest) -> It
     yield found
     with contextlib.suppress(AssertionError):
         found.delete()
+
+
+def needs(namespace: Namespace, resource: str) -> None:
+    """Clusters of others may lack an operator; the bed has them."""
+    if not namespace.kubectl("get", "customresourcedefinitions", resource, "--ignore-not-found"):
+        assert not BED
+        pytest.skip(f"the cluster does not know {resource}")
 
 
 def show(row: str, capsys: pytest.CaptureFixture) -> None:
@@ -189,6 +193,58 @@ def test_job_suspended_and_resumed(job: Job, whole: dict, capsys: pytest.Capture
     show(recovery.row("suspended, from its resumption on"), capsys)
     assert recovery.lost == 0
     assert_recovered(job, whole, recovery)
+
+
+def test_worker_of_a_jobset_killed(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
+    needs(job.namespace, "jobsets.jobset.x-k8s.io")
+    job.submit(*FLAGS, options=("--overlay=jobset", "--components=cpu"))
+    kill = ("--", "sh", "-c", "kill -9 -1")
+    recovery = job.recovery(lambda: job.namespace.kubectl("exec", job.pod(1)["metadata"]["name"], *kill, check=False))
+    show(recovery.row("`kill -9` of a worker of a JobSet"), capsys)
+    assert_recovered(job, whole, recovery)
+
+
+def test_kueue_gives_the_room_to_a_job_of_higher_priority_and_back(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
+    needs(job.namespace, "clusterqueues.kueue.x-k8s.io")
+    name = job.namespace.name
+    version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    # Room for one job of two workers.
+    quota = [{"name": "cpu", "nominalQuota": "1"}, {"name": "memory", "nominalQuota": "6Gi"}]
+    flavors = [{"name": name, "resources": quota}]
+    spec = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+        "resourceGroups": [{"coveredResources": ["cpu", "memory"], "flavors": flavors}],
+    }
+    objects = [
+        {**version, "kind": "ResourceFlavor", "metadata": {"name": name}},
+        {**version, "kind": "ClusterQueue", "metadata": {"name": name}, "spec": spec},
+        {**version, "kind": "LocalQueue", "metadata": {"name": "small"}, "spec": {"clusterQueue": name}},
+        {**version, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": 9},
+    ]
+    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    options = ("--overlay=cpu", "--queue=small")
+    urgent = Job(job.namespace, f"{job.name}-urgent", IMAGE)
+    try:
+        job.namespace.kubectl("create", "--filename=-", send=everything)
+        job.submit(*FLAGS, options=options)
+
+        def take_the_room() -> None:
+            urgent.submit(*FLAGS, "--max_steps=300", options=options)
+            wait_for(lambda: "in the queue small" in urgent.report()["why"])
+            job.namespace.kubectl("label", "job", urgent.name, f"kueue.x-k8s.io/priority-class={name}")
+            urgent.wait_for_state("running")
+            assert (job.report()["state"], job.namespace.pods(job.name)) == ("waiting", [])
+            urgent.wait_for_state("complete")
+
+        # Nobody resumes it: Kueue sees the room.
+        recovery = job.recovery(take_the_room, lambda: None)
+        show(recovery.row("suspended by Kueue for another job, from the other's end on"), capsys)
+        assert recovery.lost == 0
+        assert_recovered(job, whole, recovery)
+    finally:
+        urgent.delete()
+        job.namespace.kubectl("delete", "--filename=-", "--wait=false", send=everything, check=False)
 
 
 def test_request_that_cannot_be_met_fails_at_once_and_is_not_tried_again(job: Job) -> None:
