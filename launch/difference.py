@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import manifests
+from launch import manifests, workload
 from launch.kubectl import Object
 
 
@@ -23,6 +23,9 @@ def show(existing: Mapping[tuple[str, str], Object], objects: Sequence[Object]) 
         name = f"{found['kind']}/{found['metadata']['name']}"
         before = existing.get((found["kind"], found["metadata"]["name"]))
         wanted = _without_empty(found)
+        if before and workload.is_queued(wanted) and workload.is_queued(before):
+            # The queue has the say.
+            workload.suspension(wanted)["suspend"] = workload.suspension(before).get("suspend")
         old = manifests.dump([_like(before, wanted)]) if before else ""
         new = manifests.dump([wanted])
         parts += difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm="")

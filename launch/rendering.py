@@ -25,6 +25,7 @@ from launch.workload import (
     main_container,
     num_workers,
     own,
+    suspension,
 )
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -108,7 +109,7 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     container["args"] = [*(flag for flag in flags if flag not in trial), *given, *trial]
     if request.queue:
         workload["metadata"]["labels"][QUEUE] = request.queue
-        (workload["spec"].get("runPolicy") or workload["spec"])["suspend"] = True
+        suspension(workload)["suspend"] = True
     _rename(objects, workload["metadata"]["name"], request.name)
 
 

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from launch.kubectl import Kubectl, KubectlError, Object
-from launch.workload import INSTANCE, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector
+from launch.workload import INSTANCE, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector, suspension
 from trainer.errors import RequestError
 
 _RESOURCES = {
@@ -224,8 +224,7 @@ def _state(cluster: Kubectl, workload: Object) -> tuple[str, str]:
             return "complete", ""
         if condition["type"] in _FAILED:
             return "failed", " ".join(str(condition.get("message", condition.get("reason", ""))).split())
-    spec = workload["spec"]
-    if spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"):
+    if suspension(workload).get("suspend"):
         return "waiting", _why_suspended(cluster, workload)
     return "running", ""
 

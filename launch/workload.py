@@ -57,6 +57,16 @@ def main_container(workload: Object) -> Object:
     return workload["spec"]["trainer"] if workload["kind"] == "TrainJob" else next(containers([workload]))
 
 
+def is_queued(found: Object) -> bool:
+    """Whether Kueue decides when it runs."""
+    return QUEUE in found["metadata"].get("labels", {})
+
+
+def suspension(workload: Object) -> Object:
+    """The part of a workload that says `suspend`."""
+    return workload["spec"].get("runPolicy") or workload["spec"]  # type: ignore[no-any-return]
+
+
 def selector(workload: Object) -> str:
     """The label by which the workload's pods are found."""
     return f"{OURS},{JOBSET_NAME if workload['kind'] == 'TrainJob' else INSTANCE}={workload['metadata']['name']}"

@@ -15,6 +15,7 @@ from k8s_bench import Bench, bench, job, report, submitted
 from launch import difference
 from launch.kubectl import explain
 from launch.quantities import quantity
+from launch.workload import QUEUE
 
 
 def test_submit_creates_all_objects_after_a_check_of_all(bench: Bench) -> None:
@@ -95,6 +96,14 @@ def test_difference_does_not_mind_the_order_of_what_has_names() -> None:
     one, two = ({"name": name, "value": "1"} for name in ("a", "b"))
     wanted = {"kind": "Job", "metadata": {"name": "a"}, "spec": {"env": [one, two], "tolerations": []}}
     assert difference.show({("Job", "a"): {**wanted, "spec": {"env": [two, one]}}}, [wanted]) == ""
+
+
+def test_difference_leaves_the_start_of_a_queued_job_to_its_queue() -> None:
+    wanted = {"kind": "Job", "metadata": {"name": "a", "labels": {QUEUE: "gpus"}}, "spec": {"suspend": True}}
+    live = {**wanted, "spec": {"suspend": False}}
+    assert difference.show({("Job", "a"): live}, [wanted]) == ""
+    unqueued = {**live, "metadata": {"name": "a", "labels": {}}}
+    assert "+  suspend: true" in difference.show({("Job", "a"): unqueued}, [wanted])
 
 
 def test_difference_leaves_out_what_the_cluster_has_added() -> None:

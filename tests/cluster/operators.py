@@ -117,7 +117,7 @@ def _start(
 
 
 def start_kwok(services: Services, binaries: Path, kubeconfig: Path) -> None:
-    """Starts what plays the nodes of `make_nodes`: their pods are Running as soon as they are scheduled, until they are deleted."""
+    """Starts what plays the nodes of `make_nodes`: their pods run from when they are scheduled until they are deleted."""
     paths = [*sorted((binaries / "kwok" / "stages").glob("*.yaml")), Path(__file__).parent / "operators" / "stages.yaml"]
     stages = (f"--config={path}" for path in paths)
     services.start(
