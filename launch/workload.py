@@ -64,7 +64,7 @@ def is_queued(found: Object) -> bool:
 
 def suspension(workload: Object) -> Object:
     """The part of a workload that says `suspend`."""
-    return workload["spec"].get("runPolicy") or workload["spec"]  # type: ignore[no-any-return]
+    return workload["spec"].get("runPolicy") or workload["spec"]
 
 
 def selector(workload: Object) -> str:
