@@ -90,9 +90,10 @@ def restricted(kubeconfig: Path, name: str) -> Namespace:
     return found
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 60, every: float = 0.3) -> Any:
+    """What `what` returns, once it is something; looks each `every` seconds."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.3)
+        time.sleep(every)
     return found

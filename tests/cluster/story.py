@@ -17,6 +17,8 @@ FLAGS = (
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _GOING_ON = re.compile(r"going on from step (\d+)\n(?:.*\n)*step +\d+ .*train")
 _WITHIN_SECS = 300
+# Looking costs a second of a core, which the workers may need.
+_LOOK_EVERY_SECS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Job:
             return report if report["state"] == state else None
 
         deadline = time.monotonic() + _WITHIN_SECS
-        return wait_for(look, 2 * _WITHIN_SECS)
+        return wait_for(look, 2 * _WITHIN_SECS, _LOOK_EVERY_SECS)
 
     def pod(self, index: int) -> dict | None:
         """The newest pod of a worker."""
@@ -92,7 +94,7 @@ class Job:
         return int(found[-1]) if found else 0
 
     def wait_for_step(self, step: int) -> None:
-        wait_for(lambda: self.step() >= step, _WITHIN_SECS)
+        wait_for(lambda: self.step() >= step, _WITHIN_SECS, 1)
 
     def recovery(self, disturb: Callable[[], object], resume: Callable[[], object] | None = None) -> Recovery:
         """Disturbs the job in the middle of its training, and waits until it goes on.
