@@ -9,10 +9,10 @@ from collections.abc import Callable
 from namespaces import Namespace, wait_for
 
 # Enough steps that whatever disturbs a job comes before its end; a checkpoint every few seconds on two cores.
-STEPS = 1500
+STEPS = 800
 FLAGS = (
     "--preset=fast", "--precision=float32", "--deterministic", "--global_batch_size=32", "--steps_per_loop=10",
-    "--checkpoint_every_steps=100", f"--max_steps={STEPS}",
+    "--checkpoint_every_steps=50", f"--max_steps={STEPS}",
 )  # fmt: skip
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _GOING_ON = re.compile(r"going on from step (\d+)\n(?:.*\n)*step +\d+ .*train")
@@ -103,7 +103,7 @@ class Job:
             disturb: what happens to it.
             resume: what lets it go on, where that takes a hand: then the seconds count from there.
         """
-        self.wait_for_step(250)
+        self.wait_for_step(120)
         before = {pod["metadata"]["uid"] for pod in self.namespace.pods(self.name)}
         reached, started = self.step(), time.monotonic()
         disturb()
