@@ -25,7 +25,7 @@ def show(existing: Mapping[tuple[str, str], Object], objects: Sequence[Object]) 
         wanted = _without_empty(found)
         if before and workload.is_queued(wanted) and workload.is_queued(before):
             # The queue has the say.
-            workload.suspension(wanted)["suspend"] = workload.suspension(before).get("suspend")
+            workload.suspension(wanted).pop("suspend", None)
         old = manifests.dump([_like(before, wanted)]) if before else ""
         new = manifests.dump([wanted])
         parts += difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} (cluster)", f"{name} (new)", n=2, lineterm="")

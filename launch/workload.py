@@ -59,12 +59,13 @@ def main_container(workload: Object) -> Object:
 
 def is_queued(found: Object) -> bool:
     """Whether Kueue decides when it runs."""
-    return QUEUE in found["metadata"].get("labels", {})
+    return found["kind"] in KINDS and QUEUE in found["metadata"].get("labels", {})
 
 
 def suspension(workload: Object) -> Object:
     """The part of a workload that says `suspend`."""
-    return workload["spec"].get("runPolicy") or workload["spec"]
+    spec: Object = workload["spec"]
+    return spec.setdefault("runPolicy", {}) if workload["kind"] == "TFJob" else spec
 
 
 def selector(workload: Object) -> str:

@@ -98,12 +98,26 @@ def test_difference_does_not_mind_the_order_of_what_has_names() -> None:
     assert difference.show({("Job", "a"): {**wanted, "spec": {"env": [two, one]}}}, [wanted]) == ""
 
 
-def test_difference_leaves_the_start_of_a_queued_job_to_its_queue() -> None:
-    wanted = {"kind": "Job", "metadata": {"name": "a", "labels": {QUEUE: "gpus"}}, "spec": {"suspend": True}}
-    live = {**wanted, "spec": {"suspend": False}}
-    assert difference.show({("Job", "a"): live}, [wanted]) == ""
-    unqueued = {**live, "metadata": {"name": "a", "labels": {}}}
-    assert "+  suspend: true" in difference.show({("Job", "a"): unqueued}, [wanted])
+@pytest.mark.parametrize("kind", ["Job", "TFJob"])
+def test_difference_leaves_the_start_of_a_queued_job_to_its_queue(kind: str) -> None:
+    def job(suspend: bool) -> dict:
+        spec = {"suspend": suspend, "n": 1}
+        labels = {QUEUE: "gpus"}
+        return {
+            "kind": kind,
+            "metadata": {"name": "a", "labels": labels},
+            "spec": {"runPolicy": spec} if kind == "TFJob" else spec,
+        }
+
+    assert difference.show({(kind, "a"): job(False)}, [job(True)]) == ""
+    unqueued = {**job(False), "metadata": {"name": "a", "labels": {}}}
+    assert "suspend: true" in difference.show({(kind, "a"): unqueued}, [job(True)])
+
+
+@pytest.mark.parametrize("body", [{"data": {"a": "b"}}, {"spec": {"n": 1}}])
+def test_difference_does_not_take_whatever_has_a_queues_label_for_a_job(body: dict) -> None:
+    found = {"kind": "Other", "metadata": {"name": "a", "labels": {QUEUE: "gpus"}}, **body}
+    assert difference.show({("Other", "a"): found}, [found]) == ""
 
 
 def test_difference_leaves_out_what_the_cluster_has_added() -> None:

@@ -1,4 +1,4 @@
-"""A Kubernetes cluster of two nodes on this machine, with JobSet and Kueue, whose pods really run, for as long as a command runs:
+"""A Kubernetes cluster of two nodes on this machine, whose pods really run, for as long as a command runs:
 
     python tests/cluster/bed.py --binaries "$(tests/cluster/build.sh)" --folder build/bed --image image.tar -- COMMAND...
 
@@ -54,13 +54,14 @@ def main() -> int:
     parser.add_argument("--binaries", type=Path, required=True, help="what build.sh has printed")
     parser.add_argument("--folder", type=Path, required=True, help="for images, which stay, and the run, which does not")
     parser.add_argument("--image", type=Path, action="append", default=[], help="archive for the nodes; may be given again")
+    parser.add_argument("--operators", action="store_true", help="JobSet and Kueue, too")
     parser.add_argument("--inside", default="", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="*", help="a shell, if there is none")
     arguments = parser.parse_args()
     command = arguments.command or [os.environ.get("SHELL", "sh")]
     if arguments.inside:
         run = Path(arguments.inside)
-        with cluster(arguments.binaries, arguments.folder, run, arguments.image) as kubeconfig:
+        with cluster(arguments.binaries, arguments.folder, run, arguments.image, arguments.operators) as kubeconfig:
             found = {"KUBECONFIG": str(kubeconfig), "DIGITFLEET_BED": "1"}
             return subprocess.run(command, env={**os.environ, **found}, check=False).returncode
     if problem := _missing():
@@ -71,7 +72,7 @@ def main() -> int:
     _sweep(arguments.folder)
     run = Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=arguments.folder))
     options = [f"--binaries={arguments.binaries.resolve()}", f"--folder={arguments.folder}", f"--inside={run}"]
-    options += [f"--image={path.resolve()}" for path in arguments.image]
+    options += [f"--image={path.resolve()}" for path in arguments.image] + ["--operators"] * arguments.operators
     try:
         return _in_namespaces([sys.executable, __file__, *options, "--", *command])
     finally:
@@ -119,7 +120,7 @@ def _sweep(folder: Path, run: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path]) -> Iterator[Path]:
+def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path], with_operators: bool) -> Iterator[Path]:
     """The kubeconfig of a cluster with nodes; to be called inside of namespaces of its own."""
     _prepare_mounts(run)
     _prepare_network()
@@ -143,8 +144,9 @@ def cluster(binaries: Path, folder: Path, run: Path, archives: Sequence[Path]) -
         wait = [kubectl.program(), f"--kubeconfig={kubeconfig}", "wait", "--for=condition=Ready", "--timeout=5s"]
         services.wait_for([*wait, *(f"node/{node.name}" for node in nodes)])
         control_plane.make_volumes(_NUM_VOLUMES, run / "disks", kubeconfig)
-        operators.install_jobset(services, binaries, run, kubeconfig)
-        operators.install_kueue(services, binaries, run, kubeconfig)
+        if with_operators:
+            operators.install_jobset(services, binaries, run, kubeconfig)
+            operators.install_kueue(services, binaries, run, kubeconfig)
         yield kubeconfig
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds Kubernetes from its published Go modules (control plane, scheduler, kubelet), with etcd, CoreDNS and a pause program, and the
-# operators JobSet and Kueue and kwok (operators/go.mod) with what they ship for a cluster; prints the folder with them:
+# operators JobSet and Kueue and kwok (controllers) with what they ship for a cluster; prints the folder with them:
 #
 #   tests/cluster/build.sh
 #
@@ -10,7 +10,7 @@ set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 version=$(sed -nE 's|^\s*k8s.io/kubernetes (v[0-9.]+)( // indirect)?$|\1|p' "$here/go.mod")
 [[ -n $version ]]
-state=$(cat "$here"/{build.sh,go.mod,go.sum,etcd.go,coredns/main.go,pause/main.go,operators/{,kueue/}go.{mod,sum}} | sha256sum | cut -c1-12)
+state=$(cat "$here"/{build.sh,go.mod,go.sum,etcd.go,coredns/main.go,pause/main.go,controllers/{,kueue/}go.{mod,sum}} | sha256sum | cut -c1-12)
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/digitfleet/kubernetes-$version-$state
 if [[ ! -e $folder/complete ]]; then
     command -v go >/dev/null || { echo "$0: go is missing: https://go.dev/doc/install" >&2; exit 2; }
@@ -23,7 +23,7 @@ if [[ ! -e $folder/complete ]]; then
     go build -o "$folder/coredns" ./coredns >&2
     # Without the machine's C library: it runs in an image that is empty but for it.
     CGO_ENABLED=0 go build -o "$folder/pause" ./pause >&2
-    cd operators
+    cd controllers
     mkdir -p "$folder"/{jobset,kueue,kwok/stages}
     go build -o "$folder/jobset/controller" sigs.k8s.io/jobset >&2
     go build -o "$folder/kwok/controller" sigs.k8s.io/kwok/cmd/kwok >&2

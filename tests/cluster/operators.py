@@ -7,8 +7,7 @@ webhooks.
 import base64
 import json
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -19,7 +18,6 @@ from trainer.ports import free_ports
 
 # Deployments are processes here. Nobody asks Kueue for its view of waiting jobs, and a dead APIService holds up every deletion.
 _LEFT_OUT = ("Deployment", "APIService")
-_READY_WITHIN_SECS = 120
 
 
 def install_jobset(services: Services, binaries: Path, folder: Path, kubeconfig: Path) -> None:
@@ -31,7 +29,7 @@ def install_jobset(services: Services, binaries: Path, folder: Path, kubeconfig:
         folder: for its configuration and certificates.
         kubeconfig: of a cluster whose API server is on this machine.
     """
-    certificates = _new(folder / "jobset")
+    certificates = _certificates_folder(folder / "jobset")
     # Those that it makes by itself have to come back by a fixed path, which is not ours.
     subprocess.run(
         [
@@ -50,26 +48,30 @@ def install_jobset(services: Services, binaries: Path, folder: Path, kubeconfig:
 
 def install_kueue(services: Services, binaries: Path, folder: Path, kubeconfig: Path) -> None:
     """Installs Kueue; see `install_jobset`."""
-    certificates = _new(folder / "kueue")
+    certificates = _certificates_folder(folder / "kueue")
     objects = _shipped(binaries / "kueue")
     features = {"featureGates": {"VisibilityOnDemand": False}}
     ready = _start("kueue", objects, features, services, binaries, folder, kubeconfig)
     # It makes certificates, and a kubelet would bring them back to it as files.
     (secret,) = [one["metadata"] for one in objects if one["kind"] == "Secret"]
-    read = [kubectl.program(), f"--kubeconfig={kubeconfig}", "get", "secret", secret["name"], "--output=json"]
-    read += [f"--namespace={secret['namespace']}"]
-    deadline = time.monotonic() + _READY_WITHIN_SECS
-    while not (data := json.loads(subprocess.run(read, capture_output=True, check=True).stdout).get("data")):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"Kueue has made no certificate within {_READY_WITHIN_SECS} s: {folder}/kueue.log")
-        time.sleep(0.3)
-    for name, value in data.items():
+    read = [
+        kubectl.program(),
+        f"--kubeconfig={kubeconfig}",
+        "get",
+        "secret",
+        secret["name"],
+        f"--namespace={secret['namespace']}",
+    ]
+    # The template fails until there are any.
+    services.wait_for([*read, '--output=go-template={{index .data "tls.crt"}}'])
+    found = subprocess.run([*read, "--output=json"], capture_output=True, check=True)
+    for name, value in json.loads(found.stdout)["data"].items():
         (certificates / name).write_bytes(base64.b64decode(value))
     services.wait_for(ready)
 
 
-def _new(folder: Path) -> Path:
-    """A place for an operator's certificates."""
+def _certificates_folder(folder: Path) -> Path:
+    """A new place for an operator's certificates."""
     certificates = folder / "certificates"
     certificates.mkdir(parents=True)
     return certificates
@@ -113,12 +115,13 @@ def _start(
     path = folder / name / "config.json"
     path.write_text(json.dumps(config))
     services.start(name, binaries / name / "controller", f"--config={path}", f"--kubeconfig={kubeconfig}")
-    return [kubectl.program(), f"--server=http://127.0.0.1:{health}", "get", "--raw=/readyz"]
+    # A developer's own context has no part in it.
+    return [kubectl.program(), "--kubeconfig=/dev/null", f"--server=http://127.0.0.1:{health}", "get", "--raw=/readyz"]
 
 
 def start_kwok(services: Services, binaries: Path, kubeconfig: Path) -> None:
     """Starts what plays the nodes of `make_nodes`: their pods run from when they are scheduled until they are deleted."""
-    paths = [*sorted((binaries / "kwok" / "stages").glob("*.yaml")), Path(__file__).parent / "operators" / "stages.yaml"]
+    paths = [*sorted((binaries / "kwok" / "stages").glob("*.yaml")), Path(__file__).parent / "controllers" / "stages.yaml"]
     stages = (f"--config={path}" for path in paths)
     services.start(
         "kwok", binaries / "kwok" / "controller", f"--kubeconfig={kubeconfig}", "--manage-all-nodes=false",
@@ -126,7 +129,9 @@ def start_kwok(services: Services, binaries: Path, kubeconfig: Path) -> None:
     )  # fmt: skip
 
 
-def make_nodes(names: list[str], kubeconfig: Path, labels: dict[str, str], resources: dict[str, str]) -> None:
+def make_nodes(
+    names: list[str], kubeconfig: Path, labels: dict[str, str], resources: dict[str, str], taints: Sequence[dict[str, str]] = ()
+) -> None:
     """Nodes that kwok plays."""
     nodes = [
         {
@@ -137,6 +142,7 @@ def make_nodes(names: list[str], kubeconfig: Path, labels: dict[str, str], resou
                 "annotations": {"kwok.x-k8s.io/node": "fake"},
                 "labels": {"kubernetes.io/hostname": name, **labels},
             },
+            "spec": {"taints": list(taints)},
             "status": {"capacity": resources, "allocatable": resources},
         }
         for name in names

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from namespaces import Namespace, wait_for
 
-# Enough steps that whatever disturbs a job comes before its end; a checkpoint every few seconds on two cores.
+# Enough steps that whatever disturbs a job comes before its end, and several checkpoints before that.
 STEPS = 800
 FLAGS = (
     "--preset=fast", "--precision=float32", "--deterministic", "--global_batch_size=32", "--steps_per_loop=10",

@@ -19,4 +19,5 @@ unset DIGITFLEET_IMAGE_NAME
 tests/container/build.sh "$folder" archive
 binaries=$(tests/cluster/build.sh)
 export PYTHONPATH=$PWD
-exec "${PYTHON:-python3}" tests/cluster/bed.py --binaries "$binaries" --folder "$folder/bed" --image "$folder/image.tar" -- "${story[@]}"
+exec "${PYTHON:-python3}" tests/cluster/bed.py --binaries "$binaries" --folder "$folder/bed" --image "$folder/image.tar" \
+    --operators -- "${story[@]}"

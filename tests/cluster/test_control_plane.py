@@ -16,7 +16,7 @@ from namespaces import Namespace, restricted, wait_for
 pytestmark = pytest.mark.cluster
 
 CRDS = os.environ.get("DIGITFLEET_CRDS", "")
-PLAIN = ["multi-worker", "single-node", "cpu", "spot", "sweep"]
+PLAIN = ["multi-worker", "single-node", "cpu", "spot", "sweep", "tune"]
 needs_crds = pytest.mark.skipif(not CRDS, reason="DIGITFLEET_CRDS names no folder with the operators' definitions")
 CUSTOM = [pytest.param(name, marks=needs_crds) for name in ("trainjob", "tfjob")]
 

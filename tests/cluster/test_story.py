@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def whole(namespace: Namespace) -> dict:
 @pytest.fixture
 def job(namespace: Namespace, whole: dict, request: pytest.FixtureRequest) -> Iterator[Job]:
     """A job of the test's own, which is taken away after it."""
-    found = Job(namespace, request.node.originalname.removeprefix("test_").replace("_", "-")[:30].strip("-"), IMAGE)
+    name = re.sub("[^a-z]+", "-", request.node.name.removeprefix("test_"))
+    found = Job(namespace, name[:30].strip("-"), IMAGE)
     yield found
     with contextlib.suppress(AssertionError):
         found.delete()
@@ -126,17 +128,23 @@ def test_tensorboard_shows_the_run(namespace: Namespace, whole: dict) -> None:
         process.stderr.close()
 
 
-def test_worker_killed(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
-    job.submit(*FLAGS)
+KILLED = [pytest.param(("--overlay=cpu",), id="job"), pytest.param(("--overlay=jobset", "--components=cpu"), id="jobset")]
+
+
+@pytest.mark.parametrize("options", KILLED)
+def test_worker_killed(job: Job, whole: dict, options: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    if "--overlay=jobset" in options:
+        needs(job.namespace, "jobsets.jobset.x-k8s.io")
+    job.submit(*FLAGS, options=options)
     # Everything in the container but its process 1, which the kernel keeps from such an end.
     kill = ("--", "sh", "-c", "kill -9 -1")
     recovery = job.recovery(lambda: job.namespace.kubectl("exec", job.pod(1)["metadata"]["name"], *kill, check=False))
-    show(recovery.row("`kill -9` of a worker"), capsys)
+    show(recovery.row(f"`kill -9` of a worker, {options[0]}"), capsys)
     assert_recovered(job, whole, recovery)
-    ended = [
-        status["state"]["terminated"] for pod in job.namespace.pods(job.name) for status in pod["status"]["containerStatuses"]
-    ]
-    assert sorted(one["exitCode"] for one in ended) == [0, 0, 75, 137]
+    statuses = [status for pod in job.namespace.pods(job.name) for status in pod["status"]["containerStatuses"]]
+    codes = sorted(status["state"]["terminated"]["exitCode"] for status in statuses)
+    # A JobSet takes the old pods away.
+    assert codes == ([0, 0] if "--overlay=jobset" in options else [0, 0, 75, 137])
 
 
 def test_pod_deleted(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
@@ -195,15 +203,6 @@ def test_job_suspended_and_resumed(job: Job, whole: dict, capsys: pytest.Capture
     assert_recovered(job, whole, recovery)
 
 
-def test_worker_of_a_jobset_killed(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
-    needs(job.namespace, "jobsets.jobset.x-k8s.io")
-    job.submit(*FLAGS, options=("--overlay=jobset", "--components=cpu"))
-    kill = ("--", "sh", "-c", "kill -9 -1")
-    recovery = job.recovery(lambda: job.namespace.kubectl("exec", job.pod(1)["metadata"]["name"], *kill, check=False))
-    show(recovery.row("`kill -9` of a worker of a JobSet"), capsys)
-    assert_recovered(job, whole, recovery)
-
-
 def test_kueue_gives_the_room_to_a_job_of_higher_priority_and_back(job: Job, whole: dict, capsys: pytest.CaptureFixture) -> None:
     needs(job.namespace, "clusterqueues.kueue.x-k8s.io")
     name = job.namespace.name
@@ -225,25 +224,26 @@ def test_kueue_gives_the_room_to_a_job_of_higher_priority_and_back(job: Job, who
     everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     options = ("--overlay=cpu", "--queue=small")
     urgent = Job(job.namespace, f"{job.name}-urgent", IMAGE)
+
+    def take_the_room() -> None:
+        job.namespace.kubectl("label", "job", urgent.name, f"kueue.x-k8s.io/priority-class={name}")
+        wait_for(lambda: job.namespace.pods(job.name) == [], 120)
+        assert (job.report()["state"], urgent.wait_for_state("running")["state"]) == ("waiting", "running")
+
     try:
         job.namespace.kubectl("create", "--filename=-", send=everything)
         job.submit(*FLAGS, options=options)
-
-        def take_the_room() -> None:
-            urgent.submit(*FLAGS, "--max_steps=300", options=options)
-            wait_for(lambda: "in the queue small" in urgent.report()["why"])
-            job.namespace.kubectl("label", "job", urgent.name, f"kueue.x-k8s.io/priority-class={name}")
-            urgent.wait_for_state("running")
-            assert (job.report()["state"], job.namespace.pods(job.name)) == ("waiting", [])
-            urgent.wait_for_state("complete")
-
-        # Nobody resumes it: Kueue sees the room.
-        recovery = job.recovery(take_the_room, lambda: None)
-        show(recovery.row("suspended by Kueue for another job, from the other's end on"), capsys)
+        wait_for(lambda: job.namespace.pods(job.name))
+        urgent.submit(*FLAGS, options=options)
+        assert "in the queue small" in urgent.report()["why"]
+        # Nobody resumes it: Kueue sees the room that the other one gives back.
+        recovery = job.recovery(take_the_room, urgent.delete)
+        show(recovery.row("suspended by Kueue for another job, from that one's deletion on"), capsys)
         assert recovery.lost == 0
         assert_recovered(job, whole, recovery)
     finally:
-        urgent.delete()
+        with contextlib.suppress(AssertionError):
+            urgent.delete()
         job.namespace.kubectl("delete", "--filename=-", "--wait=false", send=everything, check=False)
 
 

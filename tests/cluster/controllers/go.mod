@@ -1,4 +1,4 @@
-module digitfleet.test/operators
+module digitfleet.test/controllers
 
 go 1.26.0
 
