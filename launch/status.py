@@ -138,6 +138,8 @@ def look(cluster: Kubectl, workload: Object, pods: list[Object]) -> Status:
             nothing = "its pods have no node yet" if workers else "no pods yet"
             waiting = [worker.why for worker in workers if worker.phase != "Succeeded" and worker.why]
             state, why = "waiting", why or next(iter(waiting), nothing)
+            if "unbound immediate PersistentVolumeClaims" in why:
+                why = "; ".join([*_unbound_claims(cluster, pods), why])
     return Status(
         name=workload["metadata"]["name"],
         kind=workload["kind"],
@@ -246,7 +248,7 @@ def _why_suspended(cluster: Kubectl, workload: Object) -> str:
 
 
 def _last_warning(cluster: Kubectl, workload: Object) -> str:
-    """The last warning about the job itself: pods that cannot even be made (quota, Pod Security) are told there alone."""
+    """The last warning about a job itself, or a claim: pods that cannot even be made (by quota, Pod Security) are told there."""
     name = re.escape(workload["metadata"]["name"])
     events = [
         event
@@ -255,6 +257,16 @@ def _last_warning(cluster: Kubectl, workload: Object) -> str:
     ]
     events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
     return " ".join(events[-1].get("message", "").split()) if events else ""
+
+
+def _unbound_claims(cluster: Kubectl, pods: list[Object]) -> list[str]:
+    """What pods wait for, which the scheduler does not name."""
+    volumes = [volume.get("persistentVolumeClaim", {}) for pod in pods for volume in pod["spec"].get("volumes", [])]
+    names = {volume.get("claimName") for volume in volumes}
+    claims = [one for one in cluster.get_if_allowed("persistentvolumeclaims") if one["metadata"]["name"] in names]
+    waiting = [one for one in claims if one.get("status", {}).get("phase") == "Pending"]
+    reasons = [(one["metadata"]["name"], _last_warning(cluster, one)) for one in waiting]
+    return [f"the claim {name} has no volume yet" + (f": {reason}" if reason else "") for name, reason in reasons]
 
 
 def _log(cluster: Kubectl, worker: Worker, workload: Object) -> list[str]:

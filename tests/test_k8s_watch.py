@@ -74,6 +74,26 @@ def test_status_counts_restarts_of_a_set(bench: Bench) -> None:
     assert "3 times started again" in bench.works("status", "--name=digits")
 
 
+def test_status_names_the_claim_that_has_no_volume(job: Bench) -> None:
+    waiting = pod("digits-0-a", 0, **unscheduled("0/2 nodes: pod has unbound immediate PersistentVolumeClaims. not found"))
+    waiting["spec"]["volumes"] = [
+        {"name": "data", "persistentVolumeClaim": {"claimName": "shared"}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    claims = [
+        {"kind": "PersistentVolumeClaim", "metadata": {"name": name}, "status": {"phase": phase}}
+        for name, phase in (("shared", "Pending"), ("others", "Pending"))
+    ]
+    event = {
+        "kind": "Event", "metadata": {"name": "e"}, "type": "Warning", "lastTimestamp": "2026-01-01T00:00:00Z",
+        "involvedObject": {"name": "shared"}, "message": 'storageclass.storage.k8s.io "fast" not found',
+    }  # fmt: skip
+    job.store(waiting, *claims, event)
+    why = report(job)["why"]
+    assert why.startswith('the claim shared has no volume yet: storageclass.storage.k8s.io "fast" not found; 0/2 nodes: pod has')
+    assert "others" not in why
+
+
 def test_status_says_why_no_pod_is_made(job: Bench) -> None:
     event = {"kind": "Event", "metadata": {"name": "e"}, "type": "Warning", "lastTimestamp": "2026-01-01T00:00:00Z",
              "involvedObject": {"name": "digits"}, "message": 'pods "digits-0-x" is forbidden: exceeded quota: gpus'}  # fmt: skip

@@ -267,12 +267,12 @@ def test_claim_that_is_not_there(job: Job) -> None:
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "unbound"},
+        "metadata": {"name": "waiting-room"},
         "spec": {"accessModes": ["ReadWriteMany"], "storageClassName": "nowhere", "resources": {"requests": {"storage": "1Gi"}}},
     }
     job.namespace.kubectl("create", "--filename=-", send=json.dumps(claim))
-    job.submit(*FLAGS, options=("--overlay=cpu", "--storage=unbound"))
-    wait_for(lambda: "unbound" in job.report()["why"])
+    job.submit(*FLAGS, options=("--overlay=cpu", "--storage=waiting-room"))
+    wait_for(lambda: "the claim waiting-room has no volume yet: storageclass" in job.report()["why"])
     assert job.report()["state"] == "waiting"
 
 
