@@ -319,7 +319,9 @@ def test_stranger_at_the_worker_port(job: Job) -> None:
     phase = "--output=jsonpath={.status.phase}"
     wait_for(lambda: job.namespace.kubectl("get", "pod", "stranger", phase) == "Succeeded")
     said = job.namespace.kubectl("logs", "stranger")
-    assert said.startswith("reached" if BED else "kept away"), said
+    assert said.startswith("reached" if BED else "kept away"), (
+        f"{said}: a plug-in that enforces NetworkPolicies would keep strangers from the port, which has no authentication"
+    )
 
 
 def test_gpus_are_counted(namespace: Namespace, job: Job) -> None:
