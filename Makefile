@@ -26,7 +26,7 @@ test-container: $(INSTALLED)  ## Builds the image (buildah, debootstrap; root) a
 
 test-cluster: test-control-plane test-story  ## Kubernetes, built here (Go): every kind of job submitted, and jobs really run
 
-test-control-plane: $(INSTALLED)
+test-control-plane: $(INSTALLED)  ## Every kind of job on a real API server, with JobSet, Kueue and nodes that kwok plays; built at first (a quarter of an hour)
 	DIGITFLEET_CONTROL_PLANE="$$(tests/cluster/build.sh)" $(BIN)/python -m pytest -m cluster --ignore=tests/cluster/test_story.py $(ARGS)
 
 test-story: $(INSTALLED)  ## On the cluster of KUBECONFIG with the image DIGITFLEET_IMAGE_NAME, or on nodes made here (root, containerd)

@@ -14,7 +14,9 @@ _IMAGE = re.compile(
     r"(?::[\w][\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
 )
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
-_SUBDOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
+_SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
+# Less than any worker starts with: a unit was forgotten.
+_LEAST_MEMORY = quantity("64Mi")
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html and Google's own rules, which allow underscores.
 _BUCKETS = (
     re.compile(r"(gs)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?"),
@@ -73,13 +75,16 @@ class Request:
     task: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.name:
+            raise RequestError("--name is empty: give the job a name")
         check_names(self.name, self.namespace)
         if unknown := [name for name in self.components if name not in COMPONENTS]:
             raise RequestError(
                 f"--components={unknown[0]}: expected some of {', '.join(COMPONENTS)}; for buckets there is --storage"
             )
-        if self.queue and not _SUBDOMAIN.fullmatch(self.queue):
-            raise RequestError(f"--queue={self.queue}: expected a LocalQueue's name")
+        # It stands in a label.
+        if self.queue and (len(self.queue) > 63 or not _SUBDOMAIN.fullmatch(self.queue)):
+            raise RequestError(f"--queue={self.queue}: expected a LocalQueue's name, of lower-case letters, digits, - and .")
         if self.image and not _IMAGE.fullmatch(self.image):
             raise RequestError(f"--image={self.image} is no image such as registry.example.com/team/digitfleet:gpu")
         for flag in ("cpus_per_worker", "memory_per_worker"):
@@ -88,6 +93,8 @@ class Request:
                 positive = not amount or quantity(amount) > 0
             except ValueError:
                 positive = False
+            if positive and flag[0] == "m" and amount and quantity(amount) < _LEAST_MEMORY:
+                raise RequestError(f"--{flag}={amount}: no worker starts with so little; is a unit missing, as in 16Gi?")
             if not positive:
                 raise RequestError(f"--{flag}={amount}: expected a quantity such as {'500m or 8' if flag[0] == 'c' else '16Gi'}")
         if self.storage and not (self.bucket or _SUBDOMAIN.fullmatch(self.storage)):

@@ -111,7 +111,12 @@ def _taken(cluster: Kubectl, objects: Sequence[Object], name: str) -> list[Objec
     Raises:
         RequestError: it is not ours.
     """
-    by_name = [*status.holders(cluster, name), *cluster.get("--filename=-", send=kubectl.objects_as_list(own(objects)))]
+    holders = status.holders(cluster, name)
+    # What an operator has made for the job, as a JobSet's Service, goes when the job goes.
+    uids = {one["metadata"].get("uid") for one in holders if is_ours(one)}
+    named = cluster.get("--filename=-", send=kubectl.objects_as_list(own(objects)))
+    owners = [{owner["uid"] for owner in one["metadata"].get("ownerReferences", [])} for one in named]
+    by_name = [*holders, *(one for one, of in zip(named, owners, strict=True) if not of & uids)]
     foreign = [found for found in by_name if not is_ours(found) or found["metadata"]["labels"].get(INSTANCE) != name]
     if foreign:
         raise RequestError(

@@ -5,6 +5,7 @@ bed.py adds nodes.
 """
 
 import contextlib
+import ctypes
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from trainer.ports import free_ports
 
 _READY_WITHIN_SECS = 120
 _TOKEN = "for-this-test-only"
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 @contextlib.contextmanager
@@ -91,7 +93,7 @@ def create(objects: Sequence[dict], kubeconfig: Path) -> None:
 
 
 class Services:
-    """Processes that are ended with the context, the last one first; a log of each in `folder`."""
+    """Processes that are ended with the context, the last one first, and with this process, however it ends; a log of each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._processes = folder, {}
@@ -112,8 +114,9 @@ class Services:
         """Starts a process; `name` is its log's, too."""
         with open(self._folder / f"{name}.log", "w") as log:
             self._processes[name] = subprocess.Popen(
-                [str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
+                [str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+            )  # fmt: skip
 
     def end(self, name: str) -> None:
         """Ends one by SIGTERM and waits for that."""

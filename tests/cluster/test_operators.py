@@ -118,6 +118,16 @@ def test_jobset_restarts_all_workers_when_one_falls(namespace: Namespace) -> Non
     wait_for(lambda: namespace.report("digits")["state"] == "complete")
 
 
+def test_job_takes_the_place_of_a_jobset_and_its_service(namespace: Namespace) -> None:
+    submit(namespace, "digits", 2, 8, "--overlay=jobset")
+    running(namespace, "digits", 2)
+    assert "JobSet digits is there already" in namespace.fails("submit", "--name=digits")
+    submit(namespace, "digits", 2, 8, "--replace")
+    running(namespace, "digits", 2)
+    assert namespace.report("digits")["kind"] == "Job"
+    assert namespace.kubectl("get", "service", "digits", "--output=jsonpath={.metadata.ownerReferences}") == ""
+
+
 def test_jobset_fails_at_once_by_a_request_that_cannot_be_met(namespace: Namespace) -> None:
     submit(namespace, "digits", 2, 8, "--overlay=jobset")
     namespace.end_pod(running(namespace, "digits", 2)[0], 2)
