@@ -12,7 +12,6 @@ namespace all processes end, and with the mount namespace all mounts go, even af
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -92,9 +91,7 @@ def _in_namespaces(command: Sequence[str]) -> int:
     # bash is process 1 there: it takes the orphans, and waits for the command.
     inside = ["bash", "-c", '"$@"; exit $?', "bed", *command]
     unshare = ["unshare", "--net", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    libc = ctypes.CDLL(None)
-    # PR_SET_PDEATHSIG, so that even kill -9 of this process leaves nothing running.
-    process = subprocess.Popen([*unshare, *inside], preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
+    process = subprocess.Popen([*unshare, *inside], preexec_fn=control_plane.end_with_parent)
     # Ctrl-C goes to the whole group: the command inside ends by it, and this process waits for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: process.kill())

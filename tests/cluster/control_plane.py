@@ -63,6 +63,11 @@ def running(binaries: Path, folder: Path) -> Iterator[Path]:
         yield kubeconfig
 
 
+def end_with_parent() -> None:
+    """Between fork and exec: the process ends when the one that started it does, even by kill -9."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start_scheduler(services: "Services", binaries: Path, kubeconfig: Path) -> None:
     """For clusters with nodes."""
     (port,) = free_ports(1)
@@ -115,7 +120,7 @@ class Services:
         with open(self._folder / f"{name}.log", "w") as log:
             self._processes[name] = subprocess.Popen(
                 [str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+                preexec_fn=end_with_parent,
             )  # fmt: skip
 
     def end(self, name: str) -> None:
