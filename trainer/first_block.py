@@ -1,10 +1,10 @@
 """The article's first block for images of one channel, in a fraction of the memory traffic; training only.
 
 Its convolution has nine multiplications a value: less work than to read that value from memory. So the outputs before pooling,
-the largest array of a step, are never stored: each pass computes them again from the images. XLA's CPU backend gives one
-output a loop, so two results of a pass travel as the parts of a complex number.
+the largest array of a step, are never stored: each pass computes them again from the images, the backward pass for a few images
+at a time, so that they stay in the processor's cache.
 
-Letters in shapes: b, batch of one replica; H, W, images; h, w, after pooling; C, filters.
+Letters in shapes: b, batch of one replica; H, W, images; h, w, after pooling; C, filters; n, images of a part of the batch.
 """
 
 from typing import Any
@@ -12,9 +12,24 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.blocks import PLACES, NormalizationAndPooling, choose, compiled, scale, spread_pooled, sum_gradients, wide
+from trainer.blocks import NormalizationAndPooling
+from trainer.passes import (
+    PLACES,
+    add_up,
+    choose,
+    compiled,
+    gradient_of_window,
+    moments,
+    scale,
+    sum_gradients,
+    wide,
+)
 
 _KERNEL = 3
+# The pixels that a window of outputs sees, along each side.
+_PATCH = _KERNEL + 1
+# Whose outputs are in the cache at a time: 400 KB in float32 at each place of the windows.
+_PART = 16
 
 
 class FirstBlock(NormalizationAndPooling):
@@ -46,26 +61,18 @@ class FirstBlock(NormalizationAndPooling):
         @tf.custom_gradient
         def block(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
             chosen = _choose(images, kernel, bias, gamma)
-            mean, variance = self._over_replicas_moments(*_moments(images, kernel, bias))
+            mean, variance = self._over_replicas_moments(*moments(_sums(images, kernel, bias)))
             outputs = scale(chosen, mean, variance, gamma, beta, epsilon, dtype)
 
-            def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
                 sums = sum_gradients(upstream, chosen, mean, variance, epsilon)
                 count = tf.cast(len(PLACES) * tf.size(chosen) // tf.size(gamma), gamma.dtype)
                 statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
-                values = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(images, kernel, 1, "SAME"), bias))
-                values_gradient = spread_pooled(upstream, values, chosen, statistics, epsilon)
-                weights_gradient = tf.raw_ops.Conv2DBackpropFilter(
-                    input=images,
-                    filter_sizes=tf.shape(kernel),
-                    out_backprop=values_gradient,
-                    strides=[1, 1, 1, 1],
-                    padding="SAME",
-                )
-                images_gradient = tf.nn.conv2d_transpose(values_gradient, kernel, tf.shape(images), 1, "SAME")
-                # Of another shape, or TensorFlow merges the two into a kernel that takes twice as long as both.
-                bias_gradient = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(values_gradient, [-1, tf.size(bias)]))
-                return images_gradient, weights_gradient, bias_gradient, sums[1], sums[0]
+                parts = zip(*(_split(array) for array in (images, chosen, upstream)), strict=True)
+                weights = [_weights_gradients(*part, kernel, bias, statistics, epsilon) for part in parts]
+                kernel_gradient, bias_gradient = (tf.add_n(list(gradients)) for gradients in zip(*weights, strict=True))
+                # Nothing is learnt before the images.
+                return None, kernel_gradient, bias_gradient, sums[1], sums[0]
 
             return (outputs, mean, variance), gradient
 
@@ -94,16 +101,54 @@ def _choose(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gamma: tf.Ten
 
 
 @compiled
-def _add_windows(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """The sum of each window's values and of their squares: complex [b, h, w, C]."""
-    values = _values(images, kernel, bias)
-    return tf.complex(tf.add_n(values), tf.add_n([value * value for value in values]))
+def _sums(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    return add_up(_values(images, kernel, bias))
 
 
-def _moments(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and mean square of each channel, [C] each."""
-    sums = tf.bitcast(_add_windows(images, kernel, bias), images.dtype)
-    # This kernel adds up columns, and nothing else does it as quickly.
-    columns = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(sums, [-1, 2 * bias.shape[0]]))
-    mean, square = tf.unstack(tf.reshape(columns, [-1, 2]) / tf.cast(tf.size(images), images.dtype), axis=1)
-    return mean, square
+def _split(values: tf.Tensor) -> list[tf.Tensor]:
+    """[b, ...] as parts [n, ...]; whole where b is known only when it runs, and on GPUs, which like it large."""
+    (device, *_) = tf.distribute.get_replica_context().devices or [""]
+    if values.shape[0] is None or "GPU" in device:
+        return [values]
+    return tf.split(values, [min(_PART, values.shape[0] - start) for start in range(0, values.shape[0], _PART)])
+
+
+@compiled
+def _weights_gradients(
+    images: tf.Tensor,
+    chosen: tf.Tensor,
+    upstream: tf.Tensor,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    statistics: tuple[tf.Tensor, ...],
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Gradients of the kernel, [3, 3, 1, C], and of the bias, [C], over a part of the batch.
+
+    The outputs at one place of all windows are a product of the windows' patches with the kernel, moved to that place; and so
+    is the kernel's gradient, with a one beside each patch for the bias.
+    """
+    patches, filters = _patches(images), bias.shape[0]
+    with_one = tf.concat([patches, tf.ones_like(patches[:, :1])], axis=1)
+    chosen, upstream = (tf.reshape(array, [-1, filters]) for array in (chosen, upstream))
+    kernel_gradient, bias_gradient = tf.zeros_like(kernel), tf.zeros_like(bias)
+    for place, (row, column) in enumerate(PLACES):
+        moved = tf.pad(kernel[:, :, 0], [[row, 1 - row], [column, 1 - column], [0, 0]])
+        values = tf.nn.relu(tf.matmul(patches, tf.reshape(moved, [-1, filters])) + bias)
+        gradient = gradient_of_window(upstream, values, chosen, place, statistics, epsilon)
+        sums = tf.matmul(with_one, gradient, transpose_a=True)
+        of_patch = tf.reshape(sums[:-1], [_PATCH, _PATCH, 1, filters])
+        kernel_gradient += of_patch[row : row + _KERNEL, column : column + _KERNEL]
+        bias_gradient += sums[-1]
+    return kernel_gradient, bias_gradient
+
+
+def _patches(images: tf.Tensor) -> tf.Tensor:
+    """The pixels [n, H, W, 1] that each window of outputs sees: [n * h * w, 16]."""
+    height, width = images.shape[1] // 2, images.shape[2] // 2
+    padded = tf.pad(images[..., 0], [[0, 0], [1, 1], [1, 1]])
+    pairs = tf.reshape(padded, [-1, height + 1, 2, width + 1, 2])
+    pixels = [
+        pairs[:, y // 2 : y // 2 + height, y % 2, x // 2 : x // 2 + width, x % 2] for y in range(_PATCH) for x in range(_PATCH)
+    ]
+    return tf.reshape(tf.stack(pixels, axis=-1), [-1, _PATCH * _PATCH])

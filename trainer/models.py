@@ -112,7 +112,8 @@ def _block(
             yield FirstBlock(filters, over_replicas=synchronized, momentum=momentum, dtype=dtype)
         else:
             yield convolution("same")
-            yield NormalizationAndPooling(over_replicas=synchronized, momentum=momentum, dtype=dtype)
+            within_xla = config.jit_compile
+            yield NormalizationAndPooling(over_replicas=synchronized, momentum=momentum, dtype=dtype, within_xla=within_xla)
     else:
         # Pooling first leaves a quarter of the values to normalise and activate; a bias before BN has no effect.
         yield convolution("same", use_bias=False)
