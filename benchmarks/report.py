@@ -50,8 +50,13 @@ def run_program(arguments: Sequence[str]) -> str:
     """
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
-        raise ProgramError((done.stderr.strip() or f"{arguments[0]} ended with {done.returncode}").splitlines()[-1][:200])
+        raise ProgramError(reason_of(arguments, done.returncode, done.stderr))
     return done.stdout
+
+
+def reason_of(arguments: Sequence[str], code: int, errors: str) -> str:
+    """Why `python -m arguments` has failed: the last line that it wrote to stderr."""
+    return (errors.strip() or f"{arguments[0]} ended with {code}").splitlines()[-1][:200]
 
 
 def run_json(arguments: Sequence[str]) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def test_operations_are_those_of_the_networks_layers() -> None:
 def test_table_names_the_best_peer_and_what_is_missing() -> None:
     plan = [
         throughput.Measurement("digitfleet", "float32", ["ours"], rates=[110, 130, 120]),
-        throughput.Measurement("slow", "float32", ["a"], rates=[50]),
-        throughput.Measurement("quick", "float32", ["b"], rates=[100]),
+        throughput.Measurement("slow", "float32", ["a"], rates=[50, 50, 50]),
+        # The machine was half as fast in the second turn's second half: turn by turn we are 1.1, 2.6 and 1.2 times as fast.
+        throughput.Measurement("quick", "float32", ["b"], rates=[100, 50, 100]),
         throughput.Measurement("absent", "float32", ["c"], error="not installed"),
     ]
     lines = throughput._table(plan, "float32", 100 * throughput.operations_per_image() * 2).splitlines()[2:]
@@ -41,13 +42,42 @@ def test_table_names_the_best_peer_and_what_is_missing() -> None:
     assert "not installed" in lines[3]
 
 
-def test_a_program_that_fails_is_told_in_its_last_line_and_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    measurement = throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])
-    measurement.run()
-    assert "invalid choice" in measurement.error
-    assert not measurement.rates
-    monkeypatch.setattr(throughput, "run_json", lambda _: pytest.fail("it ran again"))
-    measurement.run()
+PROGRAM = """
+import json, sys
+from benchmarks.peers import session
+options = session.parse("")
+for epoch in range(options.epochs):
+    print("a word of its own")
+    open("LOG", "a").write(f"NAME{epoch} ")
+    if "NAME" == "bad" and epoch == 1:
+        raise SystemExit("it broke")
+    session.wait_for_turn(options)
+print(json.dumps({"images_per_second": [100.0 + epoch for epoch in range(1, options.epochs)], "peak_rss_mib": 7.0}))
+"""
+
+
+def test_programs_take_turns_epoch_by_epoch_and_one_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    for name in ("one", "bad", "two"):
+        program = PROGRAM.replace("NAME", name).replace("LOG", str(log))
+        (tmp_path / f"{name}.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    plan = [throughput.Measurement(name, "float32", [name, "--epochs=3"]) for name in ("one", "bad", "two")]
+    plan.append(throughput.Measurement("absent", "float32", ["absent"], error="not installed"))
+    throughput._take_turns(plan, 2, lambda items: items)
+    assert log.read_text().split() == ["one0", "bad0", "two0", "one1", "bad1", "two1", "one2", "two2"]
+    assert [row.rates for row in plan] == [[101.0, 102.0], [], [101.0, 102.0], []]
+    assert [row.error for row in plan] == ["", "it broke", "", "not installed"]
+    assert plan[0].peak_rss_mib == 7
+
+
+def test_a_program_that_does_not_start_is_told_in_its_last_line() -> None:
+    plan = [throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])]
+    throughput._take_turns(plan, 1, lambda items: items)
+    assert "invalid choice" in plan[0].error
+    assert not plan[0].rates
 
 
 @pytest.mark.e2e

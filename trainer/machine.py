@@ -21,6 +21,7 @@ from trainer.peers import Peer
 _NCCL_SHM_BYTES = 2**30
 _GIB = 2**30
 _MOST_SKEW_SECS = 5.0
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def check_precision(precision: str, gpus: list[dict[str, Any]], cpu_flags: set[s
             )
     if not gpus and precision == "mixed_float16":
         return Finding("precision", "note", "--precision=mixed_float16 is slow on CPUs", "use float32 or mixed_bfloat16")
-    if not gpus and precision == "mixed_bfloat16" and not cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+    if not gpus and precision == "mixed_bfloat16" and not cpu_flags & _BFLOAT16_FLAGS:
         return Finding("precision", "note", "--precision=mixed_bfloat16: this CPU has no bfloat16 instructions", "use float32")
     return Finding("precision", "ok", precision)
 
@@ -155,6 +156,11 @@ def check_clocks(peers: Sequence[Peer]) -> Finding:
     if skew > _MOST_SKEW_SECS:
         return Finding("clocks", "note", text, "synchronise them with NTP")
     return Finding("clocks", "ok", text)
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for bfloat16."""
+    return bool(_cpu_flags() & _BFLOAT16_FLAGS)
 
 
 def _cpu_flags() -> set[str]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from trainer import dataset
 
 DROPOUT_RATE = 0.4
 LEARNING_RATE = 0.01
+EPOCH_ENDED = "epoch ended"
 
 
 def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> argparse.Namespace:
@@ -22,7 +24,15 @@ def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> 
     parser.add_argument("--batch", type=int, default=256, help="images a step")
     parser.add_argument("--steps", type=int, default=100, help="steps an epoch")
     parser.add_argument("--epochs", type=int, default=4, help="the first one is not counted")
+    parser.add_argument("--turns", action="store_true", help="say when an epoch has ended, and wait for a line before the next")
     return parser.parse_args()
+
+
+def wait_for_turn(options: argparse.Namespace) -> None:
+    """After an epoch, where programs take turns: lets the next one go on, and waits until it is this one's turn again."""
+    if options.turns:
+        print(EPOCH_ENDED, flush=True)
+        sys.stdin.readline()
 
 
 def examples(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -37,12 +47,16 @@ class Clock:
 
     def __init__(self, options: argparse.Namespace, versions: dict[str, str]) -> None:
         self._options, self._versions = options, versions
-        self._ends, self._losses = [time.perf_counter()], []
+        self._seconds: list[float] = []
+        self._losses: list[float] = []
+        self._started = time.perf_counter()
 
     def epoch(self, loss: float) -> None:
         """An epoch has ended, with this mean loss."""
-        self._ends.append(time.perf_counter())
+        self._seconds.append(time.perf_counter() - self._started)
         self._losses.append(float(loss))
+        wait_for_turn(self._options)
+        self._started = time.perf_counter()
 
     def report(self) -> None:
         """One line of JSON on stdout.
@@ -52,7 +66,7 @@ class Clock:
         """
         if not self._losses[-1] < self._losses[0]:
             raise SystemExit(f"the loss went from {self._losses[0]} to {self._losses[-1]}")
-        first, *others = np.diff(self._ends)
+        first, *others = self._seconds
         images = self._options.steps * self._options.batch
         print(json.dumps({
             "images_per_second": [images / seconds for seconds in others],
