@@ -6,6 +6,8 @@ import time
 
 import tensorflow as tf
 
+from trainer.machine import computes_in_bfloat16
+
 _SIZES = (1024, 2048, 3072)
 _SECONDS = 1.5
 
@@ -29,7 +31,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     rates = {size: operations_per_second(tf.as_dtype(options.precision), size) for size in _SIZES}
-    print(json.dumps({"operations_per_second": max(rates.values())}))
+    native = options.precision != "bfloat16" or computes_in_bfloat16()
+    print(json.dumps({"operations_per_second": max(rates.values()), "has_instructions": native}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures digitfleet, beside its peers where there are any: writes a report (Markdown), its figures (JSON) and a chart (PNG).
 
     python -m benchmarks.run --output results
-    python -m benchmarks.run --output results --quick                     # one short turn of everything
+    python -m benchmarks.run --output results --quick                     # a short turn or two of everything
     python -m benchmarks.run --output results --only throughput,accuracy
 
 What is compared runs in one session and takes turns, each program in a process of its own, so that a machine whose speed drifts
@@ -49,7 +49,7 @@ def main() -> None:
     """Measures and writes; what is done is written after each section, so that an interrupted run is not lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for report.md, report.json and scaling.png")
-    parser.add_argument("--quick", action="store_true", help="one short turn of everything: minutes, and noisy")
+    parser.add_argument("--quick", action="store_true", help="a short turn or two of everything: minutes, and noisy")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas; default: %(default)s")
     options = parser.parse_args()
     chosen = options.only.split(",")

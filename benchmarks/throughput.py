@@ -1,7 +1,8 @@
 """The article's network trained here and in other frameworks, beside the best matrix product of the machine.
 
-All programs of a precision live at the same time and take turns of one epoch, so that each epoch of a peer has one of ours some
-seconds before or after it: on a machine whose speed drifts, ratios of turns say what rates do not.
+Each peer meets digitfleet in a round of its own: the two live at the same time and take turns of one epoch, so that each epoch
+of one has one of the other a few seconds before and after it. On a machine whose speed drifts, ratios of turns say what rates do
+not. More than two at a time would not do: Keras 3 was then five times slower in some epochs than in others.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ from typing import IO, Any
 
 from benchmarks.peers.session import EPOCH_ENDED
 from benchmarks.report import Section, as_typed, environment, reason_of, run_json, table
-from trainer.machine import computes_in_bfloat16
 
 PRECISIONS = ("float32", "bfloat16")
 BATCH = 256
@@ -42,12 +42,23 @@ def operations_per_image() -> int:
 
 @dataclass
 class Measurement:
-    """One program with its arguments, and what each of its turns has given: images a second, and the peak of its memory."""
+    """One program with its arguments, and what its turns have given.
+
+    Attributes:
+        name: of the program.
+        precision: float32 or bfloat16.
+        arguments: of `python -m`.
+        rates: images a second of each turn.
+        ours: digitfleet's, in the same turns.
+        peak_rss_mib: of its memory.
+        error: why there are no rates.
+    """
 
     name: str
     precision: str
     arguments: list[str]
     rates: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
     peak_rss_mib: float = 0.0
     error: str = ""
 
@@ -56,19 +67,22 @@ class Measurement:
         """The median, images a second."""
         return statistics.median(self.rates)
 
-    def times(self, other: "Measurement") -> float:
-        """How many times as fast as another, the median over turns."""
-        return statistics.median(ours / theirs for ours, theirs in zip(self.rates, other.rates, strict=True))
+    @property
+    def ratio(self) -> float:
+        """How many times as fast digitfleet was, the median over turns."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.ours, self.rates, strict=True))
 
 
 class _Program:
-    """The process of a measurement, which waits between its epochs."""
+    """A process that waits between its epochs."""
 
-    def __init__(self, measurement: Measurement) -> None:
-        self._measurement = measurement
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments, self.error = arguments, ""
+        self.rates: list[float] = []
+        self.peak_rss_mib = 0.0
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *measurement.arguments, "--turns"],
+            [sys.executable, "-m", *arguments, "--turns"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -80,19 +94,27 @@ class _Program:
 
     def turn(self) -> None:
         """Lets it train one epoch; nothing if it has failed."""
-        if not self._measurement.error:
+        if not self.error:
             self._let_go_on()
             self._wait()
 
     def end(self) -> None:
         """Takes its report, which has the rate of each turn."""
+        if self.error:
+            return
+        self._let_go_on()
         output, _ = self._process.communicate()
-        if self._process.returncode and not self._measurement.error:
+        if self._process.returncode:
             self._fail()
-        if not self._measurement.error:
-            report = json.loads(output.splitlines()[-1])
-            self._measurement.rates = report["images_per_second"]
-            self._measurement.peak_rss_mib = report["peak_rss_mib"]
+            return
+        report = json.loads(output.splitlines()[-1])
+        self.rates = report["images_per_second"]
+        self.peak_rss_mib = report["peak_rss_mib"]
+
+    def kill(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
         self._errors.close()
 
     def _let_go_on(self) -> None:
@@ -109,68 +131,78 @@ class _Program:
 
     def _fail(self) -> None:
         self._errors.seek(0)
-        self._measurement.error = reason_of(self._measurement.arguments, self._process.returncode, self._errors.read())
+        self.error = reason_of(self._arguments, self._process.returncode, self._errors.read())
 
 
-def _plan(precisions: Iterable[str], steps: int, turns: int) -> Iterator[Measurement]:
-    for precision in precisions:
-        for name, (package, module, variants) in PROGRAMS.items():
-            for variant in variants:
-                arguments = [
-                    f"benchmarks.peers.{module}",
-                    f"--precision={precision}",
-                    f"--variant={variant}",
-                    f"--batch={BATCH}",
-                    f"--steps={steps}",
-                    f"--epochs={1 + turns}",
-                ]
-                measurement = Measurement(name if variant == "default" else f"{name} ({variant})", precision, arguments)
-                try:
-                    importlib.metadata.version(package)
-                except importlib.metadata.PackageNotFoundError:
-                    measurement.error = "not installed"
-                yield measurement
+def _plan(precision: str, steps: int, turns: int) -> Iterator[Measurement]:
+    for name, (package, module, variants) in PROGRAMS.items():
+        for variant in variants:
+            arguments = [
+                f"benchmarks.peers.{module}",
+                f"--precision={precision}",
+                f"--variant={variant}",
+                f"--batch={BATCH}",
+                f"--steps={steps}",
+                f"--epochs={1 + turns}",
+            ]
+            measurement = Measurement(name if variant == "default" else f"{name} ({variant})", precision, arguments)
+            try:
+                importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                measurement.error = "not installed"
+            yield measurement
 
 
 def _table(plan: list[Measurement], precision: str, limit: float) -> str:
     rows = [row for row in plan if row.precision == precision]
     measured = sorted((row for row in rows if row.rates), key=lambda row: -row.rate)
-    best = next((row for row in measured if row.name != OURS), None)
     cells: list[list[str]] = [
-        [row.name, f"{row.rate:,.0f} ({min(row.rates):,.0f} to {max(row.rates):,.0f})", f"{row.times(best):.2f}" if best else "",
+        [row.name, f"{row.rate:,.0f} ({min(row.rates):,.0f} to {max(row.rates):,.0f})", f"{row.ratio:.2f}" if row.ours else "",
          f"{row.rate * operations_per_image() / limit:.0%}", f"{row.peak_rss_mib:,.0f}"]
         for row in measured
     ]  # fmt: skip
     cells += [[row.name, row.error, "", "", ""] for row in rows if row.error]
-    headings = ["program", "images/s, median (lowest to highest)", "times the best peer, turn by turn", "share of the limit"]
-    headings.append("peak RSS, MiB")
-    return table(headings, cells)
+    headings = ["program", "images/s, median (lowest to highest)", f"{OURS} is times as fast", "share of the limit"]
+    return table([*headings, "peak RSS, MiB"], cells)
 
 
-def _take_turns(plan: list[Measurement], turns: int, progress: Progress) -> None:
-    programs = [_Program(measurement) for measurement in plan if not measurement.error]
-    for _ in progress(list(range(turns))):
-        for program in programs:
-            program.turn()
-    for program in programs:
-        program.end()
+def _compare(ours: Measurement, peer: Measurement, turns: int) -> None:
+    """Lets the two take turns, and adds what they give to what is known of them."""
+    with contextlib.ExitStack() as stack:
+        programs = []
+        for measurement in (ours, peer):
+            programs.append(_Program(measurement.arguments))
+            stack.callback(programs[-1].kill)
+        for turn in range(turns):
+            for program in programs if turn % 2 == 0 else programs[::-1]:
+                program.turn()
+        for program, measurement in zip(programs, (ours, peer), strict=True):
+            program.end()
+            measurement.rates += program.rates
+            measurement.error = "" if measurement.rates else program.error
+            measurement.peak_rss_mib = max(measurement.peak_rss_mib, program.peak_rss_mib)
+        peer.ours = programs[0].rates
 
 
 def measure(quick: bool, progress: Progress) -> Section:
-    """All programs in turn, epoch by epoch."""
+    """Each peer beside digitfleet."""
     turns, steps = (2, 40) if quick else (8, 100)
-    precisions = [precision for precision in PRECISIONS if precision != "bfloat16" or computes_in_bfloat16()]
-    limits, plan = {}, list(_plan(precisions, steps, turns))
-    for precision in precisions:
-        limits[precision] = run_json(["benchmarks.limit", f"--precision={precision}"])["operations_per_second"]
-        _take_turns([measurement for measurement in plan if measurement.precision == precision], turns, progress)
-    parts = [f"Batch {BATCH}, a training step with its data. Programs take turns of {steps} steps, {turns} each.", ""]
-    for precision in precisions:
-        limit = limits[precision] / 1e9
-        parts += [f"**{precision}**; the limit is {limit:,.0f} GFLOP/s, the best matrix product of this machine.", ""]
-        parts += [_table(plan, precision, limits[precision]), ""]
-    if len(precisions) < len(PRECISIONS):
-        parts.append("Nothing in bfloat16: this processor has no instructions for it.")
+    limits, plan = {}, []
+    for precision in PRECISIONS:
+        limit = run_json(["benchmarks.limit", f"--precision={precision}"])
+        if limit["has_instructions"]:
+            limits[precision] = limit["operations_per_second"]
+            ours, *peers = _plan(precision, steps, turns)
+            for peer in progress([peer for peer in peers if not peer.error]):
+                _compare(ours, peer, turns)
+            plan += [ours, *peers]
+    parts = [f"Batch {BATCH}, a training step with its data. Each peer and {OURS} take turns of {steps} steps, {turns} each.", ""]
+    for precision, limit in limits.items():
+        parts += [f"**{precision}**; the limit is {limit / 1e9:,.0f} GFLOP/s, the best matrix product of this machine.", ""]
+        parts += [_table(plan, precision, limit), ""]
+    parts += [
+        f"Nothing in {precision}: this machine has no instructions for it." for precision in PRECISIONS if precision not in limits
+    ]
     return Section(
         title="Training throughput of the article's network",
         text="\n".join(parts).strip(),

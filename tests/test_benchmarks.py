@@ -1,15 +1,18 @@
 """The benchmarks: what they count, how they read what programs print, what they write, and what they tell of failures."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from benchmarks import accuracy, cost_model, report, run, scaling, throughput
+from benchmarks.peers import session
 from trainer.console import ConsoleWriter, print_result
 from trainer.models import inference_model
 from trainer.presets import from_preset
@@ -28,56 +31,131 @@ def test_operations_are_those_of_the_networks_layers() -> None:
     assert throughput.operations_per_image() == 2 * (3 * forward - first)
 
 
-def test_table_names_the_best_peer_and_what_is_missing() -> None:
+def test_table_compares_turn_by_turn_and_names_what_is_missing() -> None:
     plan = [
-        throughput.Measurement("digitfleet", "float32", ["ours"], rates=[110, 130, 120]),
-        throughput.Measurement("slow", "float32", ["a"], rates=[50, 50, 50]),
-        # The machine was half as fast in the second turn's second half: turn by turn we are 1.1, 2.6 and 1.2 times as fast.
-        throughput.Measurement("quick", "float32", ["b"], rates=[100, 50, 100]),
+        throughput.Measurement("digitfleet", "float32", ["ours"], rates=[110, 60, 120, 110, 100, 120]),
+        throughput.Measurement("slow", "float32", ["a"], rates=[50, 50, 50], ours=[110, 100, 120]),
+        # Half as fast a machine in the second turn: turn by turn we are 1.1, 1.2 and 1.2 times as fast; our median is 1.1 times.
+        throughput.Measurement("quick", "float32", ["b"], rates=[100, 50, 100], ours=[110, 60, 120]),
         throughput.Measurement("absent", "float32", ["c"], error="not installed"),
     ]
     lines = throughput._table(plan, "float32", 100 * throughput.operations_per_image() * 2).splitlines()[2:]
-    assert lines[0] == "| digitfleet | 120 (110 to 130) | 1.20 | 60% | 0 |"
+    assert lines[0] == "| digitfleet | 110 (60 to 120) |  | 55% | 0 |"
+    assert lines[1].startswith("| quick | 100 (50 to 100) | 1.20 |")
     assert [line.split("|")[1].strip() for line in lines] == ["digitfleet", "quick", "slow", "absent"]
     assert "not installed" in lines[3]
 
 
 PROGRAM = """
-import json, sys
+import os
 from benchmarks.peers import session
-options = session.parse("")
-for epoch in range(options.epochs):
-    print("a word of its own")
-    open("LOG", "a").write(f"NAME{epoch} ")
-    if "NAME" == "bad" and epoch == 1:
+
+epochs = []
+
+def train_epoch():
+    open("LOG", "a").write(f"NAME{len(epochs)} ")
+    if "NAME" == "bad" and epochs:
         raise SystemExit("it broke")
-    session.wait_for_turn(options)
-print(json.dumps({"images_per_second": [100.0 + epoch for epoch in range(1, options.epochs)], "peak_rss_mib": 7.0}))
+    epochs.append(os.getpid())
+    print("a word of its own")
+    return -len(epochs)
+
+open("LOG.pid", "a").write(f"{os.getpid()} ")
+session.run(session.parse(""), {}, train_epoch)
 """
 
 
-def test_programs_take_turns_epoch_by_epoch_and_one_that_fails_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = tmp_path / "log"
-    for name in ("one", "bad", "two"):
-        program = PROGRAM.replace("NAME", name).replace("LOG", str(log))
-        (tmp_path / f"{name}.py").write_text(program)
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[throughput.Measurement]:
+    """Two that write what they do into `log`, and one that breaks in its second epoch."""
+    names = ("one", "two", "bad")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(PROGRAM.replace("NAME", name).replace("LOG", str(tmp_path / "log")))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    plan = [throughput.Measurement(name, "float32", [name, "--epochs=3"]) for name in ("one", "bad", "two")]
-    plan.append(throughput.Measurement("absent", "float32", ["absent"], error="not installed"))
-    throughput._take_turns(plan, 2, lambda items: items)
-    assert log.read_text().split() == ["one0", "bad0", "two0", "one1", "bad1", "two1", "one2", "two2"]
-    assert [row.rates for row in plan] == [[101.0, 102.0], [], [101.0, 102.0], []]
-    assert [row.error for row in plan] == ["", "it broke", "", "not installed"]
-    assert plan[0].peak_rss_mib == 7
+    return [throughput.Measurement(name, "float32", [name, "--epochs=4"]) for name in names]
 
 
-def test_a_program_that_does_not_start_is_told_in_its_last_line() -> None:
-    plan = [throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])]
-    throughput._take_turns(plan, 1, lambda items: items)
-    assert "invalid choice" in plan[0].error
-    assert not plan[0].rates
+def test_two_programs_take_turns(programs: list[throughput.Measurement], tmp_path: Path) -> None:
+    one, two, _ = programs
+    throughput._compare(one, two, 3)
+    assert (tmp_path / "log").read_text().split() == ["one0", "two0", "one1", "two1", "two2", "one2", "one3", "two3"]
+    assert (len(two.rates), len(two.ours), one.rates) == (3, 3, two.ours)
+    assert two.peak_rss_mib > 1
+    throughput._compare(one, programs[2], 3)
+    assert len(one.rates) == 6
+
+
+def test_a_program_that_breaks_is_told_in_its_last_line(programs: list[throughput.Measurement]) -> None:
+    one, _, bad = programs
+    throughput._compare(one, bad, 3)
+    assert (one.error, bad.error) == ("", "it broke")
+    assert (len(one.rates), bad.rates) == (3, [])
+    lines = throughput._table([one, bad], "float32", 1e12).splitlines()
+    assert "it broke" in lines[-1]
+
+
+@pytest.mark.parametrize("moment", ["turn", "end"])
+def test_no_program_is_left_behind(
+    moment: str, programs: list[throughput.Measurement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput._Program, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        throughput._compare(*programs[:2], 3)
+    started = [int(pid) for pid in (tmp_path / "log.pid").read_text().split()]
+    assert len(started) == 2
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_program_ends_when_nobody_gives_it_turns() -> None:
+    command = [sys.executable, "-m", "one", "--turns"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "nobody gives turns any more\n"
+
+
+def test_the_wait_for_a_turn_is_not_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    now = 0.0
+
+    class Waiting:
+        def readline(self) -> str:
+            nonlocal now
+            now += 100
+            return "\n"
+
+    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(sys, "stdin", Waiting())
+    clock = session.Clock(argparse.Namespace(turns=True, steps=10, batch=20), {})
+    for seconds, loss in ((5, 3.0), (2, 2.0), (4, 1.0)):
+        now += seconds
+        clock.epoch(loss)
+    clock.report()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["first_epoch_seconds"], found["images_per_second"]) == (5, [100, 50])
+
+
+def test_nothing_is_measured_in_a_precision_without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(ours: throughput.Measurement, peer: throughput.Measurement, _: int) -> None:
+        ours.rates = peer.rates = peer.ours = [100.0, 100.0]
+
+    def limit(arguments: list[str]) -> dict[str, object]:
+        return {"operations_per_second": 1e12, "has_instructions": "bfloat16" not in arguments[1]}
+
+    monkeypatch.setattr(throughput, "_compare", compare)
+    monkeypatch.setattr(throughput, "run_json", limit)
+    section = throughput.measure(True, lambda items: items)
+    assert {row["precision"] for row in section.figures["rows"]} == {"float32"}
+    assert section.text.endswith("Nothing in bfloat16: this machine has no instructions for it.")
+
+
+def test_a_program_that_does_not_start_is_told_in_its_last_line(programs: list[throughput.Measurement]) -> None:
+    peer = throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])
+    throughput._compare(programs[0], peer, 3)
+    assert "invalid choice" in peer.error
+    assert not peer.rates
 
 
 @pytest.mark.e2e
@@ -91,6 +169,15 @@ def test_programs_really_train(program: str, precision: str) -> None:
     assert min(found["images_per_second"]) > 0
     assert found["losses"][-1] < found["losses"][0]
     assert found["peak_rss_mib"] > 100
+
+
+@pytest.mark.e2e
+def test_digitfleet_takes_turns_as_a_whole_job() -> None:
+    arguments = ["benchmarks.peers.digitfleet", "--steps=8", "--epochs=3", "--batch=64"]
+    first, second = (throughput.Measurement(name, "float32", arguments) for name in ("a", "b"))
+    throughput._compare(first, second, 2)
+    assert (first.error, second.error) == ("", "")
+    assert (len(first.rates), len(second.rates)) == (2, 2)
 
 
 def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture) -> None:

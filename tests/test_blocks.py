@@ -10,6 +10,7 @@ from trainer import first_block as module
 from trainer.blocks import FusedBatchNormalization, NormalizationAndPooling
 from trainer.first_block import FirstBlock
 from trainer.optimizers import FusedAdam
+from trainer.passes import add_up_in, moments
 
 GAMMA, BETA = [0.5, 1.0, 2.0, -1.0], [0.0, 0.3, -0.4, 0.1]
 
@@ -203,3 +204,38 @@ def test_variance_is_never_below_zero_where_values_are_nearly_the_same() -> None
     mean = tf.constant([100.0] * 4)
     _, variance = first_block("float32")._over_replicas_moments(mean, mean * mean * (1 - 1e-6))
     np.testing.assert_array_equal(variance, 0)
+
+
+def test_first_block_takes_a_batch_whose_size_is_known_late() -> None:
+    images, upstream = images_and_upstream("float64")
+    layer = first_block("float64")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 6, 10, 1], tf.float64)])
+    def gradients(images: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(images, training=True) * upstream)
+        return tape.gradient(loss, [weight.value for weight in layer.trainable_weights])
+
+    _, *whole = run_first_block([first_block("float64")], images, upstream)
+    assert_close([np.asarray(gradient) for gradient in gradients(images)], whole[:4], 1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 40, 129, 10_000])
+def test_parts_are_a_batch_and_not_too_many(batch: int) -> None:
+    sizes = module._part_sizes(batch)
+    assert sum(sizes) == batch
+    assert len(sizes) <= 64
+    assert min(sizes) > 0
+
+
+def test_a_gpu_takes_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"] if kind == "GPU" else [])
+    assert module._part_sizes(256) == 1
+
+
+def test_moments_of_windows_hold_where_the_mean_is_large() -> None:
+    """Of float32, whose squares are rounded: the variance, 1, of values about 30 is a thousandth of their mean square."""
+    values = np.random.default_rng(0).normal(30, 1, (64, 14, 14, 8))
+    mean, square = (np.asarray(part, np.float64) for part in moments(add_up_in(tf.constant(values, tf.float32))))
+    np.testing.assert_allclose(mean, values.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(square - mean**2, values.var((0, 1, 2)), rtol=5e-3)

@@ -33,12 +33,11 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         over_replicas: statistics over all replicas, as Keras's `synchronized`.
         momentum: of the moving averages.
         dtype: policy; statistics are float32 at least.
-        within_xla: whether XLA compiles the whole model.
     """
 
-    def __init__(self, *, over_replicas: bool, momentum: float, dtype: str, within_xla: bool = False) -> None:
+    def __init__(self, *, over_replicas: bool, momentum: float, dtype: str) -> None:
         super().__init__(momentum=momentum, dtype=dtype)
-        self._over_replicas, self._within_xla = over_replicas, within_xla
+        self._over_replicas = over_replicas
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None) -> tf.Tensor:
         """[b, H, W, C] to [b, H, W, C]. One replica's float64 has no fused kernel and takes Keras's way."""
@@ -47,43 +46,36 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         if alone:
             return self._update(*fused(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta), self.epsilon))
-        return self._update(*self._normalize(inputs, pooled=False))
+        return self._update(*self._normalize(inputs))
 
     def _update(self, outputs: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
         self.moving_mean.assign(self.moving_mean * self.momentum + mean * (1 - self.momentum))
         self.moving_variance.assign(self.moving_variance * self.momentum + variance * (1 - self.momentum))
         return outputs
 
-    def _normalize(self, inputs: tf.Tensor, *, pooled: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Inputs normalised or, if `pooled`, after relu normalised and pooled; mean and biased variance of what is normalised."""
+    def _normalize(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Inputs normalised, and their mean and biased variance over all replicas."""
 
         @tf.custom_gradient
         def normalize(inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
-            # TensorFlow's relu, not XLA's: it becomes a part of the convolution.
-            values = tf.nn.relu(inputs) if pooled else inputs
-            chosen = choose_in(values, gamma) if pooled else values
-            mean, variance = self._statistics(values, pooled=pooled)
-            outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon, values.dtype)
+            mean, variance = self._statistics(inputs)
+            outputs = scale(inputs, mean, variance, gamma, beta, self.epsilon, inputs.dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-                sums = sum_gradients(upstream, chosen, mean, variance, self.epsilon)
-                count = tf.cast(tf.size(values) // tf.size(gamma), gamma.dtype)
-                statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
-                if pooled:
-                    values_gradient = spread_pooled(upstream, values, chosen, statistics, self.epsilon)
-                else:
-                    values_gradient = spread(upstream, values, statistics, self.epsilon)
-                return values_gradient, sums[1], sums[0]
+                sums = sum_gradients(upstream, inputs, mean, variance, self.epsilon)
+                statistics = gamma, mean, variance, self._mean_gradients(sums, inputs)
+                return spread(upstream, inputs, statistics, self.epsilon), sums[1], sums[0]
 
             return (outputs, mean, variance), gradient
 
         return normalize(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
 
-    def _statistics(self, values: tf.Tensor, *, pooled: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    def _mean_gradients(self, sums: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+        """The sums of `sum_gradients` as means over the values of all replicas."""
+        return self._mean_over_replicas(sums / tf.cast(tf.size(values) // tf.shape(values)[-1], sums.dtype))
+
+    def _statistics(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and biased variance of each channel over all replicas, [C] each."""
-        # In 16 bits the kernel of `own_moments` is quicker: XLA converts slowly. A whole model in XLA has no complex numbers.
-        if pooled and values.dtype.size > 2 and not self._within_xla:
-            return self._over_replicas_moments(*moments(add_up_in(values)))
         mean, variance = own_moments(values)
         if self._num_replicas() == 1:
             return mean, variance
@@ -112,7 +104,17 @@ class NormalizationAndPooling(FusedBatchNormalization):
     Normalisation rises with its input where gamma is positive and falls where it is negative. So the largest of a window
     after normalisation is its largest or smallest before, and a quarter of the values is left to normalise; the statistics
     are still those of all values. H and W must be even.
+
+    Args:
+        over_replicas: statistics over all replicas.
+        momentum: of the moving averages.
+        dtype: policy; statistics are float32 at least.
+        within_xla: whether XLA compiles the whole model.
     """
+
+    def __init__(self, *, over_replicas: bool, momentum: float, dtype: str, within_xla: bool = False) -> None:
+        super().__init__(over_replicas=over_replicas, momentum=momentum, dtype=dtype)
+        self._within_xla = within_xla
 
     def compute_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """[b, H, W, C] to [b, h, w, C]."""
@@ -127,4 +129,30 @@ class NormalizationAndPooling(FusedBatchNormalization):
         """
         if not training:
             raise ValueError("NormalizationAndPooling is for training; inference models have Keras's own layers")
-        return self._update(*self._normalize(inputs, pooled=True))
+        return self._update(*self._normalize(inputs))
+
+    def _normalize(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Inputs after relu normalised and pooled; mean and biased variance of what is normalised."""
+
+        @tf.custom_gradient
+        def normalize(inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
+            # TensorFlow's relu, not XLA's: it becomes a part of the convolution.
+            values = tf.nn.relu(inputs)
+            chosen = choose_in(values, gamma)
+            mean, variance = self._statistics(values)
+            outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon, values.dtype)
+
+            def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+                sums = sum_gradients(upstream, chosen, mean, variance, self.epsilon)
+                statistics = gamma, mean, variance, self._mean_gradients(sums, values)
+                return spread_pooled(upstream, values, chosen, statistics, self.epsilon), sums[1], sums[0]
+
+            return (outputs, mean, variance), gradient
+
+        return normalize(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
+
+    def _statistics(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        # In 16 bits `own_moments` is quicker: XLA converts slowly. A whole model in XLA takes no complex numbers apart.
+        if values.dtype.size > 2 and not self._within_xla:
+            return self._over_replicas_moments(*moments(add_up_in(values)))
+        return super()._statistics(values)

@@ -7,6 +7,7 @@ at a time, so that they stay in the processor's cache.
 Letters in shapes: b, batch of one replica; H, W, images; h, w, after pooling; C, filters; n, images of a part of the batch.
 """
 
+import math
 from typing import Any
 
 import keras
@@ -28,15 +29,17 @@ from trainer.passes import (
 _KERNEL = 3
 # The pixels that a window of outputs sees, along each side.
 _PATCH = _KERNEL + 1
-# Whose outputs are in the cache at a time: 400 KB in float32 at each place of the windows.
+# Images whose outputs are in the cache at a time: 400 KB in float32 at each place of the windows, of 28x28 pixels.
 _PART = 16
+# Each is a call of its own in the graph.
+_MOST_PARTS = 64
 
 
 class FirstBlock(NormalizationAndPooling):
     """3x3 convolution ("same"), relu, batch normalisation and 2x2 max pooling of images [b, H, W, 1]; H and W even.
 
-    The same values and gradients as `keras.layers.Conv2D` and `NormalizationAndPooling`. It computes in float32 at least, and
-    rounds to the policy's dtype what comes in and what goes out.
+    The same values and gradients of weights as `keras.layers.Conv2D` and `NormalizationAndPooling`; images get none. It computes
+    in float32 at least, and rounds to the policy's dtype what comes in and what goes out.
     """
 
     def __init__(self, filters: int, *, over_replicas: bool, momentum: float, dtype: str) -> None:
@@ -55,7 +58,7 @@ class FirstBlock(NormalizationAndPooling):
         """[b, H, W, 1] to [b, h, w, C]."""
         return super().compute_output_shape((*input_shape[:-1], self._filters))
 
-    def _normalize(self, inputs: tf.Tensor, *, pooled: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _normalize(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         dtype, epsilon = inputs.dtype, self.epsilon
 
         @tf.custom_gradient
@@ -66,9 +69,10 @@ class FirstBlock(NormalizationAndPooling):
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
                 sums = sum_gradients(upstream, chosen, mean, variance, epsilon)
-                count = tf.cast(len(PLACES) * tf.size(chosen) // tf.size(gamma), gamma.dtype)
-                statistics = gamma, mean, variance, self._mean_over_replicas(sums / count)
-                parts = zip(*(_split(array) for array in (images, chosen, upstream)), strict=True)
+                # A chosen value stands for the four of its window.
+                statistics = gamma, mean, variance, self._mean_gradients(sums / len(PLACES), chosen)
+                sizes = _part_sizes(images.shape[0])
+                parts = zip(*(tf.split(array, sizes) for array in (images, chosen, upstream)), strict=True)
                 weights = [_weights_gradients(*part, kernel, bias, statistics, epsilon) for part in parts]
                 kernel_gradient, bias_gradient = (tf.add_n(list(gradients)) for gradients in zip(*weights, strict=True))
                 # Nothing is learnt before the images.
@@ -105,12 +109,12 @@ def _sums(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     return add_up(_values(images, kernel, bias))
 
 
-def _split(values: tf.Tensor) -> list[tf.Tensor]:
-    """[b, ...] as parts [n, ...]; whole where b is known only when it runs, and on GPUs, which like it large."""
-    (device, *_) = tf.distribute.get_replica_context().devices or [""]
-    if values.shape[0] is None or "GPU" in device:
-        return [values]
-    return tf.split(values, [min(_PART, values.shape[0] - start) for start in range(0, values.shape[0], _PART)])
+def _part_sizes(batch: int | None) -> list[int] | int:
+    """How many images each part of a batch has, as `tf.split` takes it; one part on GPUs, which like it large."""
+    if batch is None or tf.config.list_logical_devices("GPU"):
+        return 1
+    size = max(_PART, math.ceil(batch / _MOST_PARTS))
+    return [min(size, batch - start) for start in range(0, batch, size)]
 
 
 @compiled

@@ -159,8 +159,8 @@ def check_clocks(peers: Sequence[Peer]) -> Finding:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether this machine's processor has instructions for bfloat16."""
-    return bool(_cpu_flags() & _BFLOAT16_FLAGS)
+    """Whether this machine has instructions for bfloat16: a GPU that TensorFlow can use, or its processor."""
+    return bool(tf.config.list_physical_devices("GPU") or _cpu_flags() & _BFLOAT16_FLAGS)
 
 
 def _cpu_flags() -> set[str]:

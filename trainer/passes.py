@@ -117,7 +117,7 @@ def moments(sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     channels, parts = sums.shape[-1], tf.bitcast(sums, sums.dtype.real_dtype)
     # This kernel adds up columns, and nothing else does it as quickly.
     columns = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(parts, [-1, 2 * channels]))
-    count = tf.cast(_WINDOW * tf.size(sums) // channels, columns.dtype)
+    count = _WINDOW * tf.cast(tf.size(sums) // channels, columns.dtype)
     mean, square = tf.unstack(tf.reshape(columns, [-1, 2]) / count, axis=1)
     return mean, square
 

@@ -3,7 +3,6 @@
 Those have a row of their own in the section on costs, and none of the peers writes any.
 """
 
-import math
 import tempfile
 from typing import Any
 from unittest import mock
@@ -16,7 +15,7 @@ from trainer.presets import from_preset
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
 
-# As many as the loops of the peers have.
+# As the peers' loops have.
 _MOST_STEPS_PER_LOOP = 50
 
 
@@ -35,6 +34,11 @@ class _EpochEnds:
         """Nothing to close."""
 
 
+def _steps_per_loop(steps: int) -> int:
+    """The most of which an epoch is a multiple."""
+    return max(size for size in range(1, _MOST_STEPS_PER_LOOP + 1) if steps % size == 0)
+
+
 def main() -> None:
     """Prints JSON."""
     options = session.parse(__doc__)
@@ -45,8 +49,10 @@ def main() -> None:
         steps = options.epochs * options.steps
         config = from_preset("article", {
             "model_dir": folder, "precision": precision, "global_batch_size": options.batch, "validation_fraction": 0.0,
-            "early_stopping_patience": 0, "steps_per_loop": math.gcd(_MOST_STEPS_PER_LOOP, options.steps),
-            "max_steps": steps, "checkpoint_every_steps": steps,
+            "early_stopping_patience": 0, "steps_per_loop": _steps_per_loop(options.steps), "max_steps": steps,
+            "checkpoint_every_steps": steps, "report": False, "test": False,
+            # It waits for others on purpose.
+            "step_timeout": 0.0,
         })  # fmt: skip
         job.run(config, dataset.load("", 0), Cluster(), StopRequest())
     clock.report()

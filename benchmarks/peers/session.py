@@ -17,7 +17,7 @@ EPOCH_ENDED = "epoch ended"
 
 
 def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> argparse.Namespace:
-    """The command line that all peers share: `precision`, `variant`, `batch`, `steps` (an epoch), `epochs`."""
+    """The command line that all peers share: `precision`, `variant`, `batch`, `steps` (an epoch), `epochs`, `turns`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--variant", choices=variants, default=variants[0])
@@ -29,10 +29,15 @@ def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> 
 
 
 def wait_for_turn(options: argparse.Namespace) -> None:
-    """After an epoch, where programs take turns: lets the next one go on, and waits until it is this one's turn again."""
+    """After an epoch, where programs take turns: lets the next one go on, and waits until it is this one's turn again.
+
+    Raises:
+        SystemExit: whoever gives the turns has ended.
+    """
     if options.turns:
         print(EPOCH_ENDED, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            raise SystemExit("nobody gives turns any more")
 
 
 def examples(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +48,7 @@ def examples(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Clock:
-    """Notes the time at the end of each epoch; prints the session as JSON."""
+    """Notes how long each epoch takes, without the wait for the next one's turn; prints the session as JSON."""
 
     def __init__(self, options: argparse.Namespace, versions: dict[str, str]) -> None:
         self._options, self._versions = options, versions
