@@ -27,14 +27,14 @@ from trainer.ports import free_ports
 SUPERVISE = """
 import sys
 from pathlib import Path
-from launch import chaos, supervisor
+from launch import chaos, local, supervisor
 model_dir, restarts, faults, workers, command = sys.argv[1:]
 supervisor._END_TOGETHER_SECS = 3.0
 job = supervisor.Job(command=["bash", "-c", command], environments=[{}] * int(workers), model_dir=Path(model_dir),
                      max_restarts=int(restarts), grace_period_secs=60, step_timeout_secs=1,
                      faults=chaos.parse(faults, int(workers)))
-say = lambda text: print("launcher:", text, flush=True)
-sys.exit(supervisor.Supervisor(job, say, lambda worker, line: print(f"[{worker}] {line}", flush=True)).run())
+# The launcher's own output: two workers' lines do not run into each other.
+sys.exit(supervisor.Supervisor(job, local._say, local._show).run())
 """
 # A worker's number, as the shell finds it in TF_CONFIG.
 INDEX = 'index=${TF_CONFIG##*index\\": }; index=${index%%\\}*}; '
