@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # Where test-container puts the image: several GB.
 IMAGE ?= build/image
+# Processes of `make test`; each takes up to 3 GB.
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: train test test-e2e test-browser test-container test-cluster test-control-plane test-story lint format clean
@@ -12,7 +14,7 @@ train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machin
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
 test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not e2e and not browser and not container and not cluster" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not browser and not container and not cluster" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
 	$(BIN)/python -m pytest -m e2e $(ARGS)

@@ -86,6 +86,9 @@ class Supervisor:
                 break
         if summary := self._lost.summary():
             self._say(summary)
+        # Python gives a signal its default back before it ends: one that comes then would decide on the exit code.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         return code
 
     def _ask(self, number: signal.Signals) -> None:

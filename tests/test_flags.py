@@ -19,7 +19,7 @@ gradient_accumulation_steps activation pooling dropout_rate augment precision ji
 rendezvous_timeout step_timeout grace_period early_stopping_patience checkpoint_every_steps keep_checkpoints resume
 num_devices profile_steps target_accuracy
 image_size input_pipeline on_error data_service
-histograms_every report test metrics_port metrics_host
+histograms_every report test metrics_port metrics_host precise_bn_examples
 """.split()
 
 WRONG = [

@@ -117,6 +117,12 @@ class Config:
     ema_decay: float = option(
         0.0, "Decay of the moving average of weights that is evaluated and exported. 0: the weights.", at_least=0, below=1
     )
+    precise_bn_examples: int = option(
+        2560,
+        "Training examples, without augmentation, over which the mean and variance of batch normalisation are computed anew "
+        "for the weights that are evaluated and exported. 0: use the moving averages of training.",
+        at_least=0,
+    )
     gradient_accumulation_steps: int = option(
         1,
         "Parts that each replica's batch is processed in, one after the other, to save memory. Batch normalisation takes "

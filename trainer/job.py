@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, exchange, loading, machine, pipeline, preflight, service, steps, storage
+from trainer import claim, exchange, loading, machine, pipeline, precise_bn, preflight, service, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
@@ -140,6 +140,7 @@ def _train(
         sum_over_workers=sum_over_workers,
         copy_weights=steps.make_copy_weights(state, topology.strategy),
         average_statistics=steps.make_average_statistics(state, topology.strategy),
+        compute_statistics=precise_bn.make_compute_statistics(config, state.inference, train_set, topology.strategy),
         advise=exchange.make_adviser(plan, exchange_secs, _log.warning if topology.is_chief else _log.debug),
         validate=evaluate(validation_set) if validation_set else None,
         exchange_secs=exchange_secs,

@@ -41,6 +41,7 @@ class Work:
     sum_over_workers: Callable[[tf.Tensor], tf.Tensor]
     copy_weights: Callable[[], None]
     average_statistics: Callable[[], None]
+    compute_statistics: Callable[[], None]
     advise: Callable[[float], None]
     validate: Evaluation | None
     exchange_secs: float
@@ -170,9 +171,8 @@ class Loop:
         progress, config = self._progress, self._config
         if self._work.validate is None:
             return
-        if not config.ema_decay:
-            self._work.copy_weights()
         self._watch.feed(f"validating step {progress.step}", compiles=not self._validated)
+        self._make_inference_weights()
         totals = self._work.validate()
         self._validated = True
         self._write("validation", totals)
@@ -194,8 +194,14 @@ class Loop:
             # All wait here for the chief, who may be writing just now what all are to read.
             self._work.sum_over_workers(tf.zeros([1], tf.float64))
             self._checkpoints.restore_best(self._progress.best_step)
-        elif not self._config.ema_decay:
+        else:
+            self._watch.feed("making the weights for inference", compiles=True)
+            self._make_inference_weights()
+
+    def _make_inference_weights(self) -> None:
+        if not self._config.ema_decay:
             self._work.copy_weights()
+        self._work.compute_statistics()
 
     def _write(self, split: str, totals: np.ndarray, **values: Any) -> None:
         step = self._progress.step

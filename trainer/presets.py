@@ -17,6 +17,8 @@ _ARTICLE: dict[str, Any] = {
     "early_stopping_patience": 5,
     "lr_schedule": "exponential",
     "augment": "none",
+    # Keras's moving averages, as the article has them.
+    "precise_bn_examples": 0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
