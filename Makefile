@@ -14,7 +14,7 @@ train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machin
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
 test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not browser and not container and not cluster" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not e2e and not browser and not container and not cluster" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
 	$(BIN)/python -m pytest -m e2e $(ARGS)

@@ -119,8 +119,8 @@ class Config:
     )
     precise_bn_examples: int = option(
         2560,
-        "Training examples, without augmentation, over which the mean and variance of batch normalisation are computed anew "
-        "for the weights that are evaluated and exported. 0: use the moving averages of training.",
+        "Training examples, without augmentation and in whole batches, over which the mean and variance of batch normalisation "
+        "are computed anew for the weights that are evaluated and exported. 0: use the moving averages of training.",
         at_least=0,
     )
     gradient_accumulation_steps: int = option(

@@ -148,7 +148,7 @@ def _train(
         observe=recording.observe,
         write_histograms=recording.histograms_of(state),
     )
-    keep(work.iterator)
+    keep(work)
     with recording:
         Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
         # The only look at the test set, after everything has been chosen.

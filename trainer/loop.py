@@ -71,6 +71,7 @@ class Loop:
         self._agreement, self._stop, self._watch = agreement, stop, watch
         self._profiler = Profiler(config.profile_range, work.profile_dir)
         self._warm = self._validated = False
+        self._inference_step = -1
 
     def run(self) -> None:
         """Trains to the end; `progress.finished` is then saved, and the inference weights are the selected ones.
@@ -171,8 +172,8 @@ class Loop:
         progress, config = self._progress, self._config
         if self._work.validate is None:
             return
-        self._watch.feed(f"validating step {progress.step}", compiles=not self._validated)
         self._make_inference_weights()
+        self._watch.feed(f"validating step {progress.step}", compiles=not self._validated)
         totals = self._work.validate()
         self._validated = True
         self._write("validation", totals)
@@ -195,13 +196,17 @@ class Loop:
             self._work.sum_over_workers(tf.zeros([1], tf.float64))
             self._checkpoints.restore_best(self._progress.best_step)
         else:
-            self._watch.feed("making the weights for inference", compiles=True)
             self._make_inference_weights()
 
     def _make_inference_weights(self) -> None:
+        """Makes the inference weights those of this step, if they are not."""
+        if self._inference_step == self._progress.step:
+            return
+        self._watch.feed(f"making the weights of step {self._progress.step} for inference", compiles=self._inference_step < 0)
         if not self._config.ema_decay:
             self._work.copy_weights()
         self._work.compute_statistics()
+        self._inference_step = self._progress.step
 
     def _write(self, split: str, totals: np.ndarray, **values: Any) -> None:
         step = self._progress.step

@@ -9,7 +9,6 @@ https://arxiv.org/abs/2105.07576).
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -25,48 +24,62 @@ _Call = Callable[..., tf.Tensor]
 def make_compute_statistics(
     config: Config, model: keras.Model, examples: Part, strategy: tf.distribute.Strategy
 ) -> Callable[[], None]:
-    """A function that computes the statistics of an inference model from the first steps' training images; all workers call it.
+    """A function that computes an inference model's statistics from the first training images; all workers call it.
 
-    The images are the same on every topology, and so are the statistics, unless each replica normalises for itself. With
-    `--precise_bn_examples=0` the function does nothing.
+    The images are read here, once, and are the same on every topology. So are the statistics, unless each replica normalises
+    for itself. The function does nothing where there is nothing to compute, or with `--precise_bn_examples=0`.
     """
-    if not config.precise_bn_examples:
+    layers = _layers_of(model) if config.precise_bn_examples else []
+    if not layers:
         return lambda: None
-    num_steps = -(-min(config.precise_bn_examples, len(examples)) // config.global_batch_size)
+    # As much at once as training takes.
+    batch = config.global_batch_size // config.gradient_accumulation_steps
+    num_steps = -(-min(config.precise_bn_examples, len(examples)) // batch)
     # Not from data workers, who prepare the steps of training.
-    dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, 0, config.seed)
-    dataset = strategy.distribute_datasets_from_function(dataset_fn)
-    synchronized = config.sync_batch_norm and strategy.num_replicas_in_sync > 1
-    statistics_loop = make_statistics_loop(model, strategy, synchronized=synchronized)
-    return lambda: statistics_loop(iter(dataset), tf.constant(num_steps, tf.int64))
+    train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
+
+    def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        count = num_steps * context.num_replicas_in_sync // context.num_input_pipelines
+        images = [images for images, *_ in train_dataset_fn(context).take(count).as_numpy_iterator()]
+        return tf.data.Dataset.from_tensor_slices(images).repeat()
+
+    iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
+    statistics_loop = _make_statistics_loop(
+        model, layers, strategy, synchronized=config.sync_batch_norm and strategy.num_replicas_in_sync > 1
+    )
+    return lambda: statistics_loop(iterator, tf.constant(num_steps, tf.int64))
 
 
-def make_statistics_loop(model: keras.Model, strategy: tf.distribute.Strategy, *, synchronized: bool) -> StatisticsLoop:
-    """A function that replaces the moving statistics of a model's batch normalisation.
+def _make_statistics_loop(
+    model: keras.Model,
+    layers: Sequence[keras.layers.BatchNormalization],
+    strategy: tf.distribute.Strategy,
+    *,
+    synchronized: bool,
+) -> StatisticsLoop:
+    """A function that replaces the moving statistics of layers.
 
     Args:
-        model: an inference model, made within the strategy's scope. Layers that are not trainable keep their statistics, and so
-            do those that it calls more than once: theirs are a mixture.
+        model: an inference model, made within the strategy's scope.
+        layers: of the model.
         strategy: over whose replicas.
         synchronized: whether a batch's statistics are those of all replicas' images rather than the mean of each one's.
 
     Returns:
-        A function of an iterator of `pipeline.train_dataset_fn` and the number of steps to take from it, int64 [], at least 1.
-        The mean becomes that of the batches' means, and the variance that of all their values, biased, as in training.
+        A function of an iterator of images uint8 [b, H, W, C] and the number of batches of each replica, int64 []. The mean
+        becomes that of the batches' means, and the variance that of all their values, biased, as in training.
     """
-    layers = _called_once(model)
     sizes = [layer.moving_mean.shape[0] for layer in layers]
 
-    def replica_moments(images: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
+    def replica_moments(images: tf.Tensor) -> tf.Tensor:
         """Mean and mean square of each layer's inputs, float64 [2, all channels]."""
         model(tf.cast(images, model.inputs[0].dtype), training=False)
-        mean, variance = (
-            tf.cast(tf.concat([tf.convert_to_tensor(variable) for variable in variables], 0), tf.float64)
+        means, variances = (
+            tf.concat([tf.cast(variable.value, tf.float64) for variable in variables], axis=0)
             for variables in zip(*((layer.moving_mean, layer.moving_variance) for layer in layers), strict=True)
         )
-        moments = tf.stack([mean, variance + mean * mean])
-        if synchronized:
-            return moments
+        moments = tf.stack([means, variances + means * means])
+        # Also where they are the same already: so no difference, however small, is left between workers.
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, moments)
 
     @tf.function
@@ -75,34 +88,46 @@ def make_statistics_loop(model: keras.Model, strategy: tf.distribute.Strategy, *
         # Not within a replica's function: several are traced by turns.
         with _batch_statistics(layers, synchronized):
             for _ in tf.range(num_steps):
-                per_replica = strategy.run(replica_moments, args=next(iterator))  # type: ignore[call-overload]
+                per_replica = strategy.run(replica_moments, args=(next(iterator),))  # type: ignore[call-overload]
                 totals += strategy.experimental_local_results(per_replica)[0]
-        mean, square = tf.unstack(totals / tf.cast(num_steps, tf.float64))
-        variance = tf.maximum(square - mean * mean, 0)
-        for layer, *values in zip(layers, tf.split(mean, sizes), tf.split(variance, sizes), strict=True):
+        means, squares = tf.unstack(totals / tf.cast(num_steps, tf.float64))
+        variances = tf.maximum(squares - means * means, 0)
+        for layer, *values in zip(layers, tf.split(means, sizes), tf.split(variances, sizes), strict=True):
             for variable, value in zip((layer.moving_mean, layer.moving_variance), values, strict=True):
                 strategy.extended.update(variable.value, _assign, args=(tf.cast(value, variable.dtype),))
 
-    return statistics_loop if layers else lambda *_: None
+    return statistics_loop
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> object:
     return variable.assign(value)
 
 
-def _called_once(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+def _layers_of(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """The layers that normalise by the batch in training, once, and so have the moving averages of one kind of values.
+
+    Others keep what they have: frozen ones; those that are called several times; and Keras's batch renormalisation, which goes
+    by the averages in training, too.
+    """
     layers = [
-        layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and not getattr(layer, "renorm", False)
     ]
-    counts = [0] * len(layers)
+    calls: list[list[bool | None]] = [[] for _ in layers]
 
-    def count(index: int, call: _Call, *inputs: tf.Tensor, **arguments: Any) -> tf.Tensor:
-        counts[index] += 1
-        return call(*inputs, **arguments)
+    def call_and_note(
+        noted: list[bool | None], call: _Call, inputs: tf.Tensor, training: bool | None = None, **arguments: object
+    ) -> tf.Tensor:
+        noted.append(training)
+        return call(inputs, training=training, **arguments)
 
-    with _calling(layers, [functools.partial(count, index, layer.call) for index, layer in enumerate(layers)]):
-        tf.function(model).get_concrete_function(tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype), training=False)
-    return [layer for layer, number in zip(layers, counts, strict=True) if number == 1]
+    noting = [functools.partial(call_and_note, *pair) for pair in zip(calls, _calls(layers), strict=True)]
+    # Traced, and not for its effects: those on variables are left out.
+    with _calling(layers, noting), keras.StatelessScope():
+        spec = tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)
+        tf.function(model).get_concrete_function(spec, training=True)
+    return [layer for layer, noted in zip(layers, calls, strict=True) if noted == [True]]
 
 
 @contextlib.contextmanager
@@ -111,20 +136,24 @@ def _batch_statistics(layers: Sequence[keras.layers.BatchNormalization], synchro
     kept = [(layer.momentum, layer.synchronized) for layer in layers]
     for layer in layers:
         layer.momentum, layer.synchronized = 0.0, synchronized
-    with _calling(layers, [functools.partial(_call_in_training, layer.call) for layer in layers]):
+    with _calling(layers, [functools.partial(_call_in_training, call) for call in _calls(layers)]):
         yield
     for layer, (momentum, was_synchronized) in zip(layers, kept, strict=True):
         layer.momentum, layer.synchronized = momentum, was_synchronized
 
 
-def _call_in_training(call: _Call, inputs: tf.Tensor, training: bool | None = None, **arguments: Any) -> tf.Tensor:
+def _call_in_training(call: _Call, inputs: tf.Tensor, training: bool | None = None, **arguments: object) -> tf.Tensor:
     return call(inputs, training=True, **arguments)
+
+
+def _calls(layers: Sequence[keras.layers.Layer]) -> list[_Call]:
+    return [layer.call for layer in layers]
 
 
 @contextlib.contextmanager
 def _calling(layers: Sequence[keras.layers.Layer], calls: Sequence[_Call]) -> Iterator[None]:
     """Replaces what layers do when they are called."""
-    kept = [layer.call for layer in layers]
+    kept = _calls(layers)
     for layer, call in zip(layers, calls, strict=True):
         layer.call = call
     yield

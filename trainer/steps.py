@@ -229,7 +229,7 @@ def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> C
 
     Averaging is linear, as the moving average is: when it is done does not change the mean.
     """
-    variables = state.model.non_trainable_weights
+    variables = [*state.model.non_trainable_weights, *state.inference.non_trainable_weights]
 
     def replica_average() -> None:
         context = tf.distribute.get_replica_context()
