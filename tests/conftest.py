@@ -34,6 +34,8 @@ TINY = {
 }  # fmt: skip
 
 set_log_level(-1)
+# A shell starts what runs in its background with Ctrl-C ignored, and every process would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
