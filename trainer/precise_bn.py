@@ -8,15 +8,19 @@ https://arxiv.org/abs/2105.07576).
 
 import contextlib
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer import pipeline
 from trainer.config import Config
-from trainer.dataset import Part
+from trainer.dataset import Examples, Part
 
+_log = logging.getLogger("digitfleet")
 StatisticsLoop = Callable[[object, tf.Tensor], None]
 _Call = Callable[..., tf.Tensor]
 
@@ -26,8 +30,8 @@ def make_compute_statistics(
 ) -> Callable[[], None]:
     """A function that computes an inference model's statistics from the first training images; all workers call it.
 
-    The images are read here, once, and are the same on every topology. So are the statistics, unless each replica normalises
-    for itself. The function does nothing where there is nothing to compute, or with `--precise_bn_examples=0`.
+    The images are the same on every topology, and so are the statistics, unless each replica normalises for itself. The
+    function does nothing where there is nothing to compute, or with `--precise_bn_examples=0`.
     """
     layers = _layers_of(model) if config.precise_bn_examples else []
     if not layers:
@@ -35,13 +39,17 @@ def make_compute_statistics(
     # As much at once as training takes.
     batch = config.global_batch_size // config.gradient_accumulation_steps
     num_steps = -(-min(config.precise_bn_examples, len(examples)) // batch)
+    _log.info("batch normalisation: %d layers get the statistics of %d training images", len(layers), num_steps * batch)
     # Not from data workers, who prepare the steps of training.
     train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
 
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         count = num_steps * context.num_replicas_in_sync // context.num_input_pipelines
-        images = [images for images, *_ in train_dataset_fn(context).take(count).as_numpy_iterator()]
-        return tf.data.Dataset.from_tensor_slices(images).repeat()
+        batches = train_dataset_fn(context).map(lambda images, *_: images).take(count)
+        if isinstance(examples, Examples):
+            # Only these images, not all that are in memory for training a second time.
+            batches = tf.data.Dataset.from_tensor_slices(np.stack(list(batches.as_numpy_iterator())))
+        return batches.repeat()
 
     iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
     statistics_loop = _make_statistics_loop(
@@ -106,13 +114,16 @@ def _assign(variable: tf.Variable, value: tf.Tensor) -> object:
 def _layers_of(model: keras.Model) -> list[keras.layers.BatchNormalization]:
     """The layers that normalise by the batch in training, once, and so have the moving averages of one kind of values.
 
-    Others keep what they have: frozen ones; those that are called several times; and Keras's batch renormalisation, which goes
-    by the averages in training, too.
+    Others keep what they have: frozen ones, a user's own that cannot be told to train, those that are called several times, and
+    Keras's batch renormalisation, which goes by the averages in training, too.
     """
     layers = [
         layer
         for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and not getattr(layer, "renorm", False)
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+        and not getattr(layer, "renorm", False)
+        and "training" in inspect.signature(layer.call).parameters
     ]
     calls: list[list[bool | None]] = [[] for _ in layers]
 
