@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
@@ -19,8 +18,6 @@ from conftest import ROOT, TINY, arguments, lines_of
 from trainer import dataset, evaluate
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
-from trainer.precise_bn import make_compute_statistics
-from trainer.presets import from_preset
 from trainer.signals import StopRequest
 
 RESULT_FIELDS = """
@@ -317,25 +314,6 @@ def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, 
         run_here(stop, ema_decay=0.9)
     again = run_here(ema_decay=0.9)
     assert again["weights_sha256"] == whole["weights_sha256"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"early_stopping_patience": 1}, {"ema_decay": 0.9}, {"validation_fraction": 0.0}, {"input_pipeline": "stream"}],
-    ids=str,
-)
-def test_exported_statistics_are_those_of_the_exported_weights(
-    options: dict[str, Any], run_here, tmp_path: Path, tiny_records: Path
-) -> None:
-    given = {**options, "data_dir": str(tiny_records)} if "input_pipeline" in options else options
-    run_here(precise_bn_examples=64, **given)
-    model = keras.models.load_model(tmp_path / "run" / "model.keras")
-    exported = [variable.numpy() for variable in model.non_trainable_weights]
-    config = from_preset(TINY["preset"], json.loads((tmp_path / "run" / "config.json").read_text())["config"])
-    examples, _ = dataset.split_validation(dataset.load_for(config).train, config.validation_fraction)
-    make_compute_statistics(config, model, examples, tf.distribute.OneDeviceStrategy("CPU:0"))()
-    for variable, given_by_job in zip(model.non_trainable_weights, exported, strict=True):
-        np.testing.assert_allclose(given_by_job, variable.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_averaged_weights_of_replicas_that_normalise_for_themselves_agree(start_job) -> None:

@@ -1,14 +1,16 @@
 """Statistics of batch normalisation computed for the weights that are used."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import mirrored
+from conftest import TINY, mirrored
 
-from trainer import pipeline
+from trainer import dataset, pipeline
 from trainer.dataset import Examples
 from trainer.models import inference_model
 from trainer.precise_bn import make_compute_statistics
@@ -128,3 +130,22 @@ def test_of_a_users_model_nothing_else_works_as_in_training() -> None:
     values = np.concatenate([inputs(images, training=False).numpy() for images in batches(2)])
     np.testing.assert_allclose(ours[3].moving_mean.numpy(), values.mean((0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(ours[3].moving_variance.numpy(), values.var((0, 1, 2)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"early_stopping_patience": 1}, {"ema_decay": 0.9}, {"validation_fraction": 0.0}, {"input_pipeline": "stream"}],
+    ids=str,
+)
+def test_exported_statistics_are_those_of_the_exported_weights(
+    options: dict[str, Any], run_here, tmp_path: Path, tiny_records: Path
+) -> None:
+    given = {**options, "data_dir": str(tiny_records)} if "input_pipeline" in options else options
+    run_here(precise_bn_examples=64, **given)
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
+    exported = [variable.numpy() for variable in model.non_trainable_weights]
+    config = from_preset(TINY["preset"], json.loads((tmp_path / "run" / "config.json").read_text())["config"])
+    examples, _ = dataset.split_validation(dataset.load_for(config).train, config.validation_fraction)
+    make_compute_statistics(config, model, examples, tf.distribute.OneDeviceStrategy("CPU:0"))()
+    for variable, given_by_job in zip(model.non_trainable_weights, exported, strict=True):
+        np.testing.assert_allclose(given_by_job, variable.numpy(), rtol=1e-4, atol=1e-6)
