@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)  ## Train on the embedded MNIST, on every GPU of this machine or on the CPU. Flags: make train ARGS="--preset fast"
 	$(BIN)/python -m trainer.task --strategy mirrored $(ARGS)
 
-test: $(INSTALLED)  ## All tests but the long ones; under ten minutes on two cores
+test: $(INSTALLED)  ## All tests but the long ones, in JOBS processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not e2e and not browser and not container and not cluster" $(ARGS)
 
 test-e2e: $(INSTALLED)  ## The long tests: accuracy, equality of topologies, repeated kills
