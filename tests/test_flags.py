@@ -19,7 +19,7 @@ gradient_accumulation_steps activation pooling dropout_rate augment precision ji
 rendezvous_timeout step_timeout grace_period early_stopping_patience checkpoint_every_steps keep_checkpoints resume
 num_devices profile_steps target_accuracy
 image_size input_pipeline on_error data_service
-histograms_every report test metrics_port metrics_host precise_bn_examples
+histograms_every report test metrics_port metrics_host precise_bn_examples width_multiplier
 """.split()
 
 WRONG = [
@@ -43,6 +43,7 @@ WRONG = [
     ["--target_accuracy=1.5"], ["--target_accuracy=0.9", "--validation_fraction=0"], ["--no_such_flag"], ["--batch_size=3"],
     ["train"], ["--model_dir=gs://bucket/run"], ["--resume=2"], ["--preset=none.yaml"],
     ["--histograms_every=-1"], ["--metrics_port=70000"], ["--metrics_port=-1"], ["--report=perhaps"],
+    ["--width_multiplier=0"], ["--width_multiplier=1000"],
 ]  # fmt: skip
 
 

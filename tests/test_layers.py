@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.augment import augment
+from trainer.config import MODELS
 from trainer.layers import drop_by_position, training_on
 from trainer.models import inference_model, training_model, weights_of
 from trainer.presets import from_preset
@@ -95,13 +96,23 @@ def test_elastic_augmentation_without_displacements_is_affine(monkeypatch: pytes
     np.testing.assert_allclose(elastic, affine, atol=0.01)  # of 255
 
 
-def test_deep_network_is_the_fast_one_with_more_convolutions() -> None:
-    config = from_preset("best", {"precision": "float32"})
+def test_default_network_has_five_convolutions_and_trains_what_it_infers() -> None:
+    config = from_preset("default", {})
     model = inference_model(config, (28, 28, 1), 10)
     kinds = [type(layer).__name__ for layer in model.layers]
     assert (kinds.count("Conv2D"), kinds.count("BatchNormalization"), kinds.count("MaxPooling2D")) == (5, 5, 3)
     training = training_model(config, (28, 28, 1), 10, synchronized=False)
     assert [w.shape for w in weights_of(training)] == [w.shape for w in weights_of(model)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("width", [0.01, 0.5, 2.0])
+def test_width_multiplier_scales_the_filters_of_every_convolution(model: str, width: float) -> None:
+    def filters(width: float) -> list[int]:
+        network = inference_model(from_preset("default", {"model": model, "width_multiplier": width}), (28, 28, 1), 10)
+        return [layer.filters for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
+
+    assert filters(width) == [max(1, width * plain) for plain in filters(1.0)]
 
 
 def test_no_augmentation_changes_nothing() -> None:

@@ -34,10 +34,14 @@ class Config:
         result=False,
     )
     model: str = option(
-        "fast_cnn",
+        "deep_cnn",
         "bn_cnn: conv-relu-BN-pool twice and a dense layer. cnn: the same without BN, valid padding. "
-        "fast_cnn: bn_cnn in the order conv-pool-BN-relu. deep_cnn: fast_cnn with five convolutions. package.module:function: "
-        "your own; a function (input_shape, num_classes, config) that gives a keras.Model of images to logits.",
+        "fast_cnn: bn_cnn in the order conv-pool-BN-relu. deep_cnn: five narrower convolutions in that order, three poolings. "
+        "package.module:function: your own; a function (input_shape, num_classes, config) that gives a keras.Model of images to "
+        "logits.",
+    )
+    width_multiplier: float = option(
+        1.0, "Factor of the number of filters of every convolution, rounded to whole filters.", above=0, at_most=64
     )
     data_dir: str = option(
         "",
@@ -137,9 +141,9 @@ class Config:
         "Kind of the 2x2 pooling. global_average: max, and the mean of each feature map instead of flattening.",
         choices=("max", "average", "global_average"),
     )
-    dropout_rate: float = option(0.4, "Share of the dense layer's outputs dropped in training.", at_least=0, below=1)
+    dropout_rate: float = option(0.1, "Share of the dense layer's outputs dropped in training.", at_least=0, below=1)
     augment: str = option(
-        "affine",
+        "elastic",
         "Random changes of the training images. shift: up to 2 pixels each way. affine: also rotation up to "
         "10 degrees, scale and shear up to 10 %. elastic: also smooth local displacements of about a pixel.",
         choices=("none", "shift", "affine", "elastic"),

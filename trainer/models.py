@@ -15,9 +15,9 @@ from trainer.errors import RequestError
 from trainer.first_block import FirstBlock
 from trainer.layers import drop_by_position
 
-# Filters of each convolution; a stage ends with pooling.
+# Filters of each convolution, times the width multiplier (https://arxiv.org/abs/1704.04861); a stage ends with pooling.
 _STAGES = ((32,), (64,))
-_DEEP_STAGES = ((32,), (64, 64), (128, 128))
+_DEEP_STAGES = ((16,), (32, 32), (64, 64))
 _DENSE_UNITS = 128
 
 
@@ -66,7 +66,8 @@ def _build(
         for stage in _DEEP_STAGES if config.model == "deep_cnn" else _STAGES:
             for index, filters in enumerate(stage, start=1):
                 last = index == len(stage)
-                for layer in _block(config, filters, dtype, x.shape, pooled=last, synchronized=synchronized, training=training):
+                width = max(1, round(filters * config.width_multiplier))
+                for layer in _block(config, width, dtype, x.shape, pooled=last, synchronized=synchronized, training=training):
                     x = layer(x)
     except ValueError as error:
         raise RequestError(

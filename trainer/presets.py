@@ -16,6 +16,7 @@ _ARTICLE: dict[str, Any] = {
     "epochs": 100.0,
     "early_stopping_patience": 5,
     "lr_schedule": "exponential",
+    "dropout_rate": 0.4,
     "augment": "none",
     # Keras's moving averages, as the article has them.
     "precise_bn_examples": 0,
@@ -24,6 +25,7 @@ _ARTICLE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {
+        "model": "fast_cnn",
         "epochs": 2.0,
         "precision": "mixed_bfloat16",
         "augment": "none",
@@ -31,10 +33,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validation_fraction": 0.0,
     },
     "best": {
-        "model": "deep_cnn",
+        "width_multiplier": 2.0,
         "epochs": 40.0,
         "precision": "mixed_bfloat16",
-        "augment": "elastic",
         "validation_fraction": 0.0,
     },
     "article": _ARTICLE,
