@@ -88,6 +88,17 @@ def test_augmentation_depends_on_position_alone_and_stays_small(kind: str) -> No
     np.testing.assert_allclose(mass / images[0].sum(), 1, atol={"shift": 0.0, "affine": 0.25, "elastic": 0.8}[kind])
 
 
+@pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
+def test_augmentation_of_an_image_does_not_depend_on_the_rest_of_its_batch(kind: str) -> None:
+    images = tf.random.stateless_uniform([64, 28, 20, 1], (0, 0), maxval=255)
+    positions = tf.range(64, dtype=tf.int64)
+    function = tf.function(lambda images, positions: augment(images, positions, kind, 0), reduce_retracing=True)
+    whole = function(images, positions)
+    for size in (1, 5, 16):
+        parts = [function(images[start : start + size], positions[start : start + size]) for start in range(0, 64, size)]
+        np.testing.assert_array_equal(tf.concat(parts, axis=0), whole)
+
+
 def test_elastic_augmentation_without_displacements_is_affine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.augment._MAX_DISPLACEMENT_PIXELS", 0.0)
     images = tf.random.stateless_uniform([16, 28, 20, 3], (0, 0), maxval=255)

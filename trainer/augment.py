@@ -45,7 +45,8 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
     angle = signed[:, 2] * _MAX_ROTATION_RADIANS
     height, width = 1 + signed[:, 3] * _MAX_SCALE, 1 + signed[:, 4] * _MAX_SCALE
     shear = signed[:, 5] * _MAX_SHEAR
-    cosine, sine = tf.cos(angle), tf.sin(angle)
+    # In float64, rounded: in float32, the last bit depends on the image's place in the batch (a vector of eight, or the rest).
+    cosine, sine = (tf.cast(function(tf.cast(angle, tf.float64)), tf.float32) for function in (tf.cos, tf.sin))
     # Rotation x shear x scale, in (x, y).
     matrix = (width * cosine, height * (shear * cosine - sine), width * sine, height * (shear * sine + cosine))
     shift = signed[:, :2] * _MAX_SHIFT_PIXELS
