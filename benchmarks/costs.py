@@ -7,9 +7,9 @@ import tempfile
 import time
 
 from benchmarks.report import ProgramError, Section, as_typed, environment, run_json, table
+from benchmarks.scaling import TASK
 from benchmarks.throughput import Progress
 
-_TASK = ["--model=bn_cnn", "--augment=none", "--validation_fraction=0"]
 _PARTS = ("forward", "backward", "update")
 _CHECKPOINT_EVERY = 100
 # The default of --steps_per_loop.
@@ -38,7 +38,7 @@ def measure(quick: bool, progress: Progress) -> Section:
     """Each precision by itself; nothing here is compared with others."""
     figures, rows, shares = {}, [], []
     for precision in progress(["float32"] if quick else ["float32", "mixed_bfloat16"]):
-        task = [*_TASK, f"--precision={precision}"]
+        task = [*TASK, f"--precision={precision}"]
         parts = run_json(["benchmarks.anatomy", *task])
         seconds, memory = first_step(task)
         step, waiting = parts["step"], parts["waiting for input, at most"]
@@ -62,5 +62,5 @@ def measure(quick: bool, progress: Progress) -> Section:
         title="What else a job costs, and where a step's time goes",
         text=f"{costs}\n\nA step of 256 images; the all-reduce is in the section on scaling.\n\n{anatomy}",
         figures=figures,
-        commands=[as_typed(["benchmarks.anatomy", *_TASK, "--precision=float32"])],
+        commands=[as_typed(["benchmarks.anatomy", *TASK, "--precision=float32"])],
     )

@@ -21,7 +21,7 @@ from benchmarks.report import ProgramError, Section, as_typed, environment, tabl
 from benchmarks.throughput import Progress
 from trainer.ports import free_ports
 
-TASK = ("--model=bn_cnn", "--augment=none", "--validation_fraction=0")
+TASK = ("--model=bn_cnn", "--augment=none", "--dropout_rate=0.4", "--validation_fraction=0")
 STRONG_BATCH, WEAK_BATCH = 256, 128
 _TIMEOUT_SECS = 600
 CORES = sorted(os.sched_getaffinity(0))

@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "width_multiplier": 2.0,
         "epochs": 40.0,
+        "dropout_rate": 0.4,
         "precision": "mixed_bfloat16",
         "validation_fraction": 0.0,
     },
