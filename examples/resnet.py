@@ -22,9 +22,10 @@ def build(input_shape: tuple[int, int, int], num_classes: int, config: Config) -
     """
     images = keras.Input(input_shape)
     x = keras.layers.Rescaling(1 / 255)(images)
-    x = keras.layers.Conv2D(_FILTERS[0], 3, padding="same", use_bias=False)(x)
+    widths = [max(1, round(filters * config.width_multiplier)) for filters in _FILTERS]
+    x = keras.layers.Conv2D(widths[0], 3, padding="same", use_bias=False)(x)
     x = keras.layers.BatchNormalization()(x)
-    for stage, filters in enumerate(_FILTERS):
+    for stage, filters in enumerate(widths):
         x = _residual_block(x, filters, strides=2 if stage else 1, activation=config.activation)
     x = keras.layers.GlobalAveragePooling2D()(x)
     x = keras.layers.Dropout(config.dropout_rate)(x)

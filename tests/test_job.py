@@ -237,13 +237,26 @@ def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, tmp_path: P
         run_here()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"global_batch_size": 64}, {"epochs": 3}, {"precision": "mixed_bfloat16"}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"width_multiplier": 0.5}, {"global_batch_size": 64}, {"epochs": 3}, {"precision": "mixed_bfloat16"}]
+)
 def test_folder_of_another_configuration_is_refused_with_the_difference(change: dict, run_here, tmp_path: Path) -> None:
     run_here(epochs=1)
     (tmp_path / "run" / "result.json").unlink()
     ((name, value),) = change.items()
     with pytest.raises(RequestError, match=f"another configuration: {name} .* -> {value}"):
         run_here(**{"epochs": 1, **change})
+
+
+def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, tmp_path: Path) -> None:
+    run_here(epochs=1)
+    (tmp_path / "run" / "result.json").unlink()
+    path = tmp_path / "run" / "config.json"
+    before = json.loads(path.read_text())
+    del before["config"]["width_multiplier"]
+    path.write_text(json.dumps(before))
+    with pytest.raises(RequestError, match=r"width_multiplier \(unknown\) -> 1.0"):
+        run_here(epochs=1)
 
 
 def test_folder_of_other_data_is_refused(run_here, tmp_path: Path, tiny_data: Path) -> None:

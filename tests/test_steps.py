@@ -50,6 +50,7 @@ def train(num_replicas: int, num_steps: int = 3, **options: Any) -> tuple[np.nda
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "default": {"model": "deep_cnn", "augment": "elastic"},
     "bn_cnn": {"model": "bn_cnn"},
     "augmentation and dropout": {"augment": "affine", "dropout_rate": 0.5},
     "l2 and weight decay": {"l2": 0.01, "weight_decay": 0.1},
@@ -160,7 +161,7 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     assert sorted(np.argsort(waited)[-2:]) == [2, 5], waited
 
 
-@pytest.mark.parametrize("model", ["fast_cnn", "bn_cnn"])
+@pytest.mark.parametrize("model", ["fast_cnn", "bn_cnn", "deep_cnn"])
 def test_xla_computes_what_tensorflow_computes(model: str) -> None:
     plain, _, _ = train(1, model=model)
     compiled, _, _ = train(1, model=model, jit_compile=True)

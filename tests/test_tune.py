@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, arguments, children_of
 from optuna.trial import TrialState
 
 from trainer import cluster, space, trial, tune, winner
+from trainer.config import Config
 from trainer.errors import JobError, RequestError
 from trainer.presets import from_preset
 from trainer.search import Search
@@ -335,7 +336,10 @@ def test_search_ends_with_a_preset_a_result_and_one_look_at_the_test_set(tiny_da
     trained = json.loads((best / "result.json").read_text())
     assert trained["test_accuracy"] is None
     assert trained["validation_accuracy"] == result["best_validation_accuracy"]
-    assert yaml.safe_load((study / "best.yaml").read_text())["epochs"] == 1.0
+    written = yaml.safe_load((study / "best.yaml").read_text())
+    assert written["epochs"] == 1.0
+    # Complete, so that another version with other defaults trains the same.
+    assert set(written) == set(Config().result_fields())
     found = from_preset(str(study / "best.yaml"), {})
     assert {name: getattr(found, name) for name in result["best_options"]} == result["best_options"]
     assert found.validation_fraction == 0.2

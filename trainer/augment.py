@@ -45,7 +45,7 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
     angle = signed[:, 2] * _MAX_ROTATION_RADIANS
     height, width = 1 + signed[:, 3] * _MAX_SCALE, 1 + signed[:, 4] * _MAX_SCALE
     shear = signed[:, 5] * _MAX_SHEAR
-    # In float64, rounded: in float32, the last bit depends on the image's place in the batch (a vector of eight, or the rest).
+    # In float64, rounded: in float32, the last bit depends on whether a vector holds the image or it is of the rest.
     cosine, sine = (tf.cast(function(tf.cast(angle, tf.float64)), tf.float32) for function in (tf.cos, tf.sin))
     # Rotation x shear x scale, in (x, y).
     matrix = (width * cosine, height * (shear * cosine - sine), width * sine, height * (shear * sine + cosine))
@@ -82,7 +82,7 @@ def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int) -> tf
 
 def _splines(size: int) -> tf.Tensor:
     """Cubic B-splines about `_GRID` points spread over `size` pixels: float32 [size, _GRID]."""
-    distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / max(size - 1, 1) - np.arange(_GRID))
+    distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / (size - 1) - np.arange(_GRID))
     near, far = 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6
     return tf.constant(np.where(distance < 1, near, far), tf.float32)
 

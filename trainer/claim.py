@@ -36,7 +36,7 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
         raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
     options = {**config.result_fields(), "data_sha256": data_sha256}
     old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
-    changed = [f"{name} {old.get(name)} -> {value}" for name, value in options.items() if old.get(name) != value]
+    changed = [f"{name} {old.get(name, '(unknown)')} -> {value}" for name, value in options.items() if old.get(name) != value]
     if changed:
         raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {'; '.join(changed)}")
     return int(before["restarts"]) + 1

@@ -41,7 +41,11 @@ class Config:
         "logits.",
     )
     width_multiplier: float = option(
-        1.0, "Factor of the number of filters of every convolution, rounded to whole filters.", above=0, at_most=64
+        1.0,
+        "Factor of the number of filters of every convolution, rounded to whole filters, at least one. A model of your own may "
+        "read it.",
+        above=0,
+        at_most=64,
     )
     data_dir: str = option(
         "",

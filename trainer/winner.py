@@ -9,7 +9,6 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer import evaluate, storage, trial
-from trainer.config import Config
 from trainer.errors import JobError
 from trainer.search import Search
 
@@ -70,8 +69,8 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
 
 def _preset(search: Search, best: FrozenTrial) -> str:
     config = dataclasses.replace(search.config, **best.params)
-    usual = Config().result_fields()
-    options = {name: value for name, value in config.result_fields().items() if value != usual[name]}
+    # All of them: a later version may have other defaults.
+    options = config.result_fields()
     return (
         f"# The best of {search.finished} trials in {search.folder}: trial {best.number}, validation accuracy {best.value:.4%}.\n"
         f"# {command_of(search)}\n" + yaml.safe_dump(options, sort_keys=False)
