@@ -38,7 +38,8 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
     old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
     changed = [f"{name} {old.get(name, '(unknown)')} -> {value}" for name, value in options.items() if old.get(name) != value]
     if changed:
-        raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {'; '.join(changed)}")
+        difference = "; ".join(changed)
+        raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {difference}: give another folder")
     return int(before["restarts"]) + 1
 
 
