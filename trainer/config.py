@@ -41,11 +41,7 @@ class Config:
         "logits.",
     )
     width_multiplier: float = option(
-        1.0,
-        "Factor of the number of filters of every convolution, rounded to whole filters, at least one. A model of your own may "
-        "read it.",
-        above=0,
-        at_most=64,
+        1.0, "Factor of each convolution's filters, rounded, at least one; your own model may read it.", above=0, at_most=64
     )
     data_dir: str = option(
         "",
@@ -241,9 +237,7 @@ class Config:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        needs_validation = [
-            name for name in ("early_stopping_patience", "target_accuracy") if getattr(self, name)
-        ]  # fmt: skip
+        needs_validation = [name for name in ("early_stopping_patience", "target_accuracy") if getattr(self, name)]
         if needs_validation and not self.validation_fraction:
             raise RequestError(f"--{needs_validation[0]} needs validation examples: give --validation_fraction above 0")
         if self.model not in MODELS and not _FUNCTION.fullmatch(self.model):
