@@ -71,6 +71,7 @@ setup(
             "pytest>=9.0,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.15,<0.18",
+            "scipy>=1.13,<2",
             "setuptools>=77",
             "types-PyYAML>=6.0.12",
             "xprof>=2.21,<3",

@@ -1,10 +1,14 @@
 """Our layers against Keras's own, and the networks against the article's."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
+import scipy.ndimage
 import tensorflow as tf
 
+from trainer import augment as augmentation
 from trainer.augment import augment
 from trainer.config import MODELS
 from trainer.layers import drop_by_position, training_on
@@ -94,17 +98,32 @@ def test_augmentation_of_an_image_does_not_depend_on_the_rest_of_its_batch(kind:
     positions = tf.range(64, dtype=tf.int64)
     function = tf.function(lambda images, positions: augment(images, positions, kind, 0), reduce_retracing=True)
     whole = function(images, positions)
-    for size in (1, 5, 16):
+    for size in (1, 3, 5, 7, 12, 16, 33):
         parts = [function(images[start : start + size], positions[start : start + size]) for start in range(0, 64, size)]
         np.testing.assert_array_equal(tf.concat(parts, axis=0), whole)
 
 
-def test_elastic_augmentation_without_displacements_is_affine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.augment._MAX_DISPLACEMENT_PIXELS", 0.0)
+@pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
+def test_augmented_images_are_interpolated_as_scipy_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    resample = augmentation._resample
+    monkeypatch.setattr(augmentation, "_resample", lambda *given: asked.append(given) or resample(*given))
     images = tf.random.stateless_uniform([16, 28, 20, 3], (0, 0), maxval=255)
-    positions = tf.range(16, dtype=tf.int64)
-    elastic, affine = (augment(images, positions, kind, 0) for kind in ("elastic", "affine"))
-    np.testing.assert_allclose(elastic, affine, atol=0.01)  # of 255
+    changed = augment(images, tf.range(16, dtype=tf.int64), kind, 0).numpy()
+    _, (a, b, c, d), shift, displacements = tf.nest.map_structure(lambda tensor: tensor.numpy(), asked[0])
+    displacements = np.broadcast_to(displacements, [16, 2, 28, 20])
+    if kind == "elastic":
+        assert np.ptp(displacements) > 3
+    rows, columns = np.mgrid[:28, :20]
+    y, x = rows - 13.5, columns - 9.5
+    for i in range(16):
+        places = (
+            c[i] * x + d[i] * y + shift[i, 1] + displacements[i, 1] + 13.5,
+            a[i] * x + b[i] * y + shift[i, 0] + displacements[i, 0] + 9.5,
+        )
+        for channel in range(3):
+            expected = scipy.ndimage.map_coordinates(images[i, ..., channel].numpy(), places, order=1, mode="grid-constant")
+            np.testing.assert_allclose(changed[i, ..., channel], expected, atol=0.01)  # of 255
 
 
 @pytest.mark.parametrize("model", MODELS)
