@@ -15,8 +15,9 @@ _IMAGE = re.compile(
 )
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
-# Less than any worker starts with: a unit was forgotten.
-_LEAST_MEMORY = quantity("64Mi")
+# What is outside has the wrong unit, or none.
+_LEAST_CPUS, _MOST_CPUS = quantity("1m"), quantity("4Ki")
+_LEAST_MEMORY, _MOST_MEMORY = quantity("64Mi"), quantity("1Pi")
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html and Google's own rules, which allow underscores.
 _BUCKETS = (
     re.compile(r"(gs)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?"),
@@ -87,16 +88,18 @@ class Request:
             raise RequestError(f"--queue={self.queue}: expected a LocalQueue's name, of lower-case letters, digits, - and .")
         if self.image and not _IMAGE.fullmatch(self.image):
             raise RequestError(f"--image={self.image} is no image such as registry.example.com/team/digitfleet:gpu")
-        for flag in ("cpus_per_worker", "memory_per_worker"):
+        for flag, example, least, most in (
+            ("cpus_per_worker", "500m or 8", _LEAST_CPUS, _MOST_CPUS),
+            ("memory_per_worker", "16Gi", _LEAST_MEMORY, _MOST_MEMORY),
+        ):
             amount = getattr(self, flag)
+            expected = f"--{flag}={amount}: expected a quantity such as {example}"
             try:
-                positive = not amount or quantity(amount) > 0
-            except ValueError:
-                positive = False
-            if positive and flag[0] == "m" and amount and quantity(amount) < _LEAST_MEMORY:
-                raise RequestError(f"--{flag}={amount}: no worker starts with so little; is a unit missing, as in 16Gi?")
-            if not positive:
-                raise RequestError(f"--{flag}={amount}: expected a quantity such as {'500m or 8' if flag[0] == 'c' else '16Gi'}")
+                meant = quantity(amount) if amount else least
+            except ValueError as error:
+                raise RequestError(expected) from error
+            if not least <= meant <= most:
+                raise RequestError(f"{expected}; no worker has so {'little' if meant < least else 'much'}")
         if self.storage and not (self.bucket or _SUBDOMAIN.fullmatch(self.storage)):
             raise RequestError(f"--storage={self.storage}: expected a claim's name, gs://BUCKET or s3://BUCKET")
 
