@@ -268,6 +268,17 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     )
 
 
+def test_curve_of_accuracy_ends_at_100_percent_and_shows_the_last_value() -> None:
+    accuracies = np.linspace(0.9, 0.9999, 40)
+    records = [
+        {"epoch": float(i), "split": "train", "accuracy": accuracy, "loss": 1 - accuracy} for i, accuracy in enumerate(accuracies)
+    ]
+    accuracy, loss = report._curves(records).axes
+    assert accuracy.get_ylim()[1] == 100
+    assert accuracy.get_ylim()[0] < 99
+    assert loss.get_ylim()[0] < 1e-4
+
+
 def test_texts_in_pictures_take_the_colour_of_the_page() -> None:
     text = figures.svg(figures.confusion(predictions(30, 3)))
     assert "currentColor" in text

@@ -227,6 +227,12 @@ def lines(
     return figure
 
 
+def end_at(axes: Axes, most: float) -> None:
+    """Ends the vertical axis where values end, such as shares at 100 %."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, most))
+
+
 def _leave_out_outliers(axes: Axes) -> None:
     """Gives the vertical axis to what most points and the last ones have."""
     values = [np.asarray(line.get_ydata(), float) for line in axes.lines]

@@ -83,7 +83,12 @@ def _curves(records: list[Record]) -> Figure:
         "norm of the gradient": curves("gradient_norm"),
         "images per second": curves("images_per_second"),
     }
-    return figures.lines({title: found for title, found in panels.items() if found}, "epoch", list(panels)[:4])
+    drawn = {title: found for title, found in panels.items() if found}
+    figure = figures.lines(drawn, "epoch", list(panels)[:4])
+    for title, axes in zip(drawn, figure.axes, strict=True):
+        if "%" in title:
+            figures.end_at(axes, 100)
+    return figure
 
 
 def _verdict(records: list[Record]) -> str:

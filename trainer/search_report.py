@@ -77,6 +77,7 @@ def history(trials: Sequence[FrozenTrial]) -> Figure:
     axes.step([found.number for found in complete], np.maximum.accumulate(_percent(complete)) if complete else [],
               where="post", color=figures.BLUE, linewidth=1.2, label="best so far")  # fmt: skip
     axes.set(xlabel="trial", ylabel="validation accuracy, %")
+    figures.end_at(axes, 100)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
