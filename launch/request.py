@@ -16,7 +16,7 @@ _IMAGE = re.compile(
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
 # What is outside has the wrong unit, or none.
-_LEAST_CPUS, _MOST_CPUS = quantity("1m"), quantity("4Ki")
+_LEAST_CPUS, _MOST_CPUS = quantity("1m"), quantity("4096")
 _LEAST_MEMORY, _MOST_MEMORY = quantity("64Mi"), quantity("1Pi")
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html and Google's own rules, which allow underscores.
 _BUCKETS = (

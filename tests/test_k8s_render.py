@@ -210,6 +210,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"cpus_per_worker": "8Gi"}, "--cpus_per_worker=8Gi: expected a quantity such as 500m or 8; no worker has so much"),
     ({"cpus_per_worker": "0.0001"}, "no worker has so little"),
     ({"memory_per_worker": "16E"}, "no worker has so much"),
+    ({"memory_per_worker": "16M"}, "no worker has so little"),
+    ({"memory_per_worker": "16m"}, "no worker has so little"),
     ({"name": ""}, "--name is empty: give the job a name"),
     ({"queue": "q" * 64}, "expected a LocalQueue's name, of lower-case letters, digits, - and ."),
     ({"queue": "a..b"}, "expected a LocalQueue's name, of lower-case letters, digits, - and ."),

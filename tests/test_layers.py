@@ -141,6 +141,14 @@ def test_width_multiplier_scales_the_filters_of_every_convolution(model: str, wi
     assert len(filters(width)) == (5 if model == "deep_cnn" else 2)
 
 
+@pytest.mark.parametrize("size", [(1, 28), (28, 1), (1, 1)])
+def test_augmentation_of_signals_one_pixel_wide_is_finite(size: tuple[int, int]) -> None:
+    images = tf.fill([4, *size, 2], 255.0)
+    changed = augment(images, tf.range(4, dtype=tf.int64), "elastic", 0).numpy()
+    assert np.isfinite(changed).all()
+    assert (changed <= 255.001).all()
+
+
 def test_no_augmentation_changes_nothing() -> None:
     images = tf.random.stateless_uniform([4, 28, 28, 1], (0, 0))
     assert augment(images, tf.range(4, dtype=tf.int64), "none", 0) is images

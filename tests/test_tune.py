@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, TINY, arguments, children_of
 from optuna.trial import TrialState
 
-from trainer import cluster, space, trial, tune, winner
+from trainer import cluster, search_report, space, trial, tune, winner
 from trainer.config import Config
 from trainer.errors import JobError, RequestError
 from trainer.presets import from_preset
@@ -276,6 +276,13 @@ def test_search_without_a_complete_trial_says_so(search_in, runner) -> None:
     runner(search).run(parallel=1)
     with pytest.raises(JobError, match="no trial has come to its end"):
         winner.result_of(search)
+
+
+def test_picture_of_a_search_ends_at_100_percent() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trials([optuna.trial.create_trial(value=value) for value in (0.9, 0.999)])
+    (axes,) = search_report.history(study.trials).axes
+    assert axes.get_ylim()[1] == 100
 
 
 def test_winner_is_tested_once_whoever_comes_first_and_again_only_if_it_is_another(search_in, runner, monkeypatch) -> None:

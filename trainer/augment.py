@@ -63,12 +63,12 @@ def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int) -> tf
 
 def _splines(size: int) -> tf.Tensor:
     """Cubic B-splines about `_GRID` points spread over `size` pixels: float32 [size, _GRID]."""
-    distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / (size - 1) - np.arange(_GRID))
+    distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / max(size - 1, 1) - np.arange(_GRID))
     near, far = 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6
     return tf.constant(np.where(distance < 1, near, far), tf.float32)
 
 
-@compiled  # In one pass over memory; ImageProjectiveTransformV3, which knows no displacements, takes twice as long.
+@compiled  # In few passes over memory: ImageProjectiveTransformV3, which knows no displacements, takes twice as long.
 def _resample(images: tf.Tensor, matrix: tuple[tf.Tensor, ...], shift: tf.Tensor, displacements: tf.Tensor) -> tf.Tensor:
     """Images in bilinear interpolation.
 

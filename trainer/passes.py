@@ -1,4 +1,4 @@
-"""What a block computes of its activations, in few passes over memory: normalisation, pooling and their gradients.
+"""Few passes over memory: what a block computes of its activations, that is normalisation, pooling and their gradients.
 
 XLA merges each function's operations; convolutions, and what TensorFlow's own kernels do quicker, stay with those. For
 functions of one replica: statistics over several come in as arguments.

@@ -6,8 +6,10 @@ model. So the numbers come from a hash of counters, in a handful of vector opera
 
 import tensorflow as tf
 
+from trainer.passes import compiled
 
-@tf.function(jit_compile=True, autograph=False)  # A dozen operations on small integers: one pass instead.
+
+@compiled  # A dozen operations on small integers: one pass instead.
 def uniform(positions: tf.Tensor, num: int, seed: int, stream: int) -> tf.Tensor:
     """`num` random numbers for each example.
 
