@@ -17,7 +17,7 @@ def quantity(text: str) -> Decimal:
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?)([a-zA-Z]*)", text)
+    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?)([a-zA-Z]*)", text, re.ASCII)
     if not match or match[2] not in _SUFFIXES:
         raise ValueError(f"{text!r} is no quantity")
     return Decimal(match[1]) * _SUFFIXES[match[2]]

@@ -89,8 +89,8 @@ class Request:
         if self.image and not _IMAGE.fullmatch(self.image):
             raise RequestError(f"--image={self.image} is no image such as registry.example.com/team/digitfleet:gpu")
         for flag, example, least, most in (
-            ("cpus_per_worker", "500m or 8", _LEAST_CPUS, _MOST_CPUS),
-            ("memory_per_worker", "16Gi", _LEAST_MEMORY, _MOST_MEMORY),
+            ("cpus_per_worker", "500m or 8 (cores)", _LEAST_CPUS, _MOST_CPUS),
+            ("memory_per_worker", "16Gi (Ki, Mi, Gi; without a unit, bytes)", _LEAST_MEMORY, _MOST_MEMORY),
         ):
             amount = getattr(self, flag)
             expected = f"--{flag}={amount}: expected a quantity such as {example}"

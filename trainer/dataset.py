@@ -114,7 +114,9 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
     else:
         train, test, names, sha256, kind, found = _load_collection(data_dir, image_size)
     if min(train.image_shape[:2]) < _MIN_SIDE:
-        raise RequestError(f"{data_dir}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give --image_size")
+        raise RequestError(
+            f"{data_dir}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give --image_size, or a larger one"
+        )
     if train.image_shape != test.image_shape:
         raise RequestError(
             f"{data_dir}: training images are {_size(train)} pixels, test images {_size(test)}: not alike; give --image_size"
@@ -230,7 +232,10 @@ def split_validation(examples: Part, fraction: float) -> tuple[Part, Part | None
             np.arange(len(examples)), test_size=fraction, random_state=SPLIT_SEED, stratify=examples.labels
         )
     except ValueError as error:
-        raise RequestError(f"--validation_fraction={fraction}: the training set cannot be split: {error}") from error
+        raise RequestError(
+            f"--validation_fraction={fraction}: {len(examples)} training examples cannot be split so that each of their "
+            f"{len(np.unique(examples.labels))} classes is in both parts: give another share, or 0 for no validation"
+        ) from error
     return _take(examples, train), _take(examples, validation)
 
 
