@@ -1,6 +1,8 @@
 """The shape of the code: imports run one way, and flags and environment are read in one place each."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import ROOT
@@ -65,6 +67,22 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {module.split(".")[0] for module in names} & {"tensorflow", "keras", "sklearn"}, name
             assert not (imports(node) if isinstance(node, ast.ImportFrom) else set()) - light - {"__init__"}, name
+
+
+def test_job_draws_and_measures_only_when_it_is_asked_to() -> None:
+    # In a process of its own: pytest's has them already. Keras imports both, if it is let, and a job may need neither.
+    script = """if True:
+        import sys
+        from trainer import cli
+        with cli.quiet_start():
+            from trainer import job, recording
+        assert "keras" in sys.modules
+        late = {"matplotlib", "sklearn"}
+        assert not late & set(sys.modules)
+        from trainer import report
+        assert late < set(sys.modules) and None not in sys.modules.values()
+    """
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_files_stay_small() -> None:

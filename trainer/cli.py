@@ -17,6 +17,9 @@ from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
+# Keras 3.15 imports them for wrappers and pictures that nothing here uses, and does without them where they are missing:
+# a quarter of a start. Who draws or measures imports them when it does.
+_NOT_FOR_KERAS = ("matplotlib", "sklearn")
 
 
 def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False) -> None:
@@ -55,19 +58,21 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
 
 @contextlib.contextmanager
 def quiet_start() -> Iterator[None]:
-    """Keeps TensorFlow's start-up noise off stderr unless --verbosity=0 or more asks for it; import TensorFlow inside.
+    """Loads TensorFlow, and keeps its start-up noise off stderr unless --verbosity=0 or more asks for it.
 
     Some of it is written before TensorFlow has read its log level, so stderr itself is set aside. It comes back whole
     when the import fails.
     """
     cluster.set_log_level(logging.get_verbosity())
     if logging.get_verbosity() >= logging.INFO:
+        _import_tensorflow()
         yield
         return
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as aside:
         os.dup2(aside.fileno(), 2)
         try:
+            _import_tensorflow()
             yield
         except JobError:
             raise
@@ -78,6 +83,18 @@ def quiet_start() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def _import_tensorflow() -> None:
+    absent = [name for name in _NOT_FOR_KERAS if name not in sys.modules]
+    for name in absent:
+        # To import it fails then: https://docs.python.org/3/reference/import.html#the-module-cache
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _tell(program: str, error: JobError) -> None:
