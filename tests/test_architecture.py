@@ -69,6 +69,13 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
             assert not (imports(node) if isinstance(node, ast.ImportFrom) else set()) - light - {"__init__"}, name
 
 
+def test_graphs_are_traced_without_autograph() -> None:
+    """It costs a fifth of a short job, and one function that asks for it brings it to all that it calls."""
+    for name, tree in MODULES.items():
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "tf.function"]
+        assert not found or name == "tracing", name
+
+
 def test_job_draws_and_measures_only_when_it_is_asked_to() -> None:
     # In a process of its own: pytest's has them already. Keras imports both, if it is let, and a job may need neither.
     script = """if True:

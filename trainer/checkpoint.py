@@ -20,6 +20,7 @@ import tensorflow as tf
 from trainer import storage
 from trainer.errors import Stopped
 from trainer.steps import State
+from trainer.tracing import graph
 
 _log = logging.getLogger("digitfleet")
 # What TensorFlow and JSON raise for files that are cut, changed or missing.
@@ -145,7 +146,7 @@ def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str]
     device = tf.DeviceSpec.from_string(state.optimizer.iterations.value.device)
     task = tf.DeviceSpec(job=device.job, replica=device.replica, task=device.task)
 
-    @tf.function(autograph=False)
+    @graph
     def write_to(prefix: tf.Tensor) -> None:
         with tf.device(task):
             checkpoint.write(prefix)

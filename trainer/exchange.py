@@ -12,6 +12,7 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.plan import Plan
 from trainer.steps import State, exchange_dtype
+from trainer.tracing import graph
 
 # The first one compiles.
 _ROUNDS = 8
@@ -44,7 +45,7 @@ def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> f
         sums = all_reduce(tf.distribute.ReduceOp.SUM, [tf.fill(weight.shape, tf.cast(one, dtype)) for weight in weights])
         return tf.add_n([tf.cast(tf.reshape(total, [-1])[0], tf.float32) for total in sums])
 
-    @tf.function
+    @graph
     def exchange() -> tf.Tensor:
         return strategy.experimental_local_results(strategy.run(replica_exchange, args=(tf.zeros([]),)))[0]
 

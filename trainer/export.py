@@ -10,6 +10,7 @@ import tensorflow as tf
 from trainer import storage
 from trainer.images import gray_from_bytes, rgb_from_bytes, scaled, to_model_input
 from trainer.models import weights_of
+from trainer.tracing import graph
 
 
 def weights_sha256(model: keras.Model) -> str:
@@ -34,7 +35,7 @@ class Exported(tf.Module):
         unnamed = map(str, range(len(class_names), model.outputs[0].shape[1]))
         self._names, self._pictures = (*class_names, *unnamed), pictures
 
-    @tf.function(input_signature=[])
+    @graph(input_signature=[])
     def describe(self) -> dict[str, tf.Tensor]:
         """{"class_names": string [classes], "pictures": string []}, for those who load the export with TensorFlow."""
         return {"class_names": tf.constant(self._names), "pictures": tf.constant(self._pictures)}
@@ -68,7 +69,7 @@ class Exported(tf.Module):
             "serving_uint8": (self._predict, tf.TensorSpec(shape, tf.uint8, "images")),
             "image_bytes": (self._from_bytes, tf.TensorSpec([None], tf.string, "image_bytes")),
         }
-        return {name: tf.function(function).get_concrete_function(spec) for name, (function, spec) in makers.items()}
+        return {name: graph(function).get_concrete_function(spec) for name, (function, spec) in makers.items()}
 
 
 def export(model: keras.Model, model_dir: Path, class_names: tuple[str, ...], pictures: str) -> None:

@@ -18,6 +18,7 @@ from trainer.config import Config
 from trainer.dashboard import Dashboard
 from trainer.dataset import Part
 from trainer.predictions import Predictions
+from trainer.tracing import graph
 
 # The projector works in the browser; its sprite is one picture, of at most 8192 pixels a side.
 _MOST_POINTS = 2_000
@@ -50,7 +51,7 @@ def show(
     drawn: dict[str, Figure], model: keras.Model, predictions: Predictions, dashboard: Dashboard, folder: Path, step: int
 ) -> None:
     """Puts pictures, PR curves, the model's graph and what its last layer sees into TensorBoard's folder."""
-    forward = tf.function(lambda images: model(images, training=False))
+    forward = graph(lambda images: model(images, training=False))
     dashboard.write_graph(forward.get_concrete_function(tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)).graph)
     pictures = {f"result/{number}_{name}": figures.png(figure) for number, (name, figure) in enumerate(drawn.items(), start=1)}
     dashboard.write_images(predictions.split, pictures, step)

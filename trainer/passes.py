@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer.tracing import graph
+
 # The places of a 2x2 window, as (row, column).
 PLACES = [(row, column) for row in range(2) for column in range(2)]
 _WINDOW = len(PLACES)
@@ -22,7 +24,7 @@ _LANES = 8
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose operations XLA merges into few passes."""
-    return tf.function(function, jit_compile=True, autograph=False)
+    return graph(function, jit_compile=True)
 
 
 def fused(values: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

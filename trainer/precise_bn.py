@@ -19,9 +19,10 @@ import tensorflow as tf
 from trainer import pipeline
 from trainer.config import Config
 from trainer.dataset import Examples, Part
+from trainer.tracing import add_up, as_written, graph
 
 _log = logging.getLogger("digitfleet")
-StatisticsLoop = Callable[[object, tf.Tensor], None]
+StatisticsLoop = Callable[[Iterator, tf.Tensor], None]
 _Call = Callable[..., tf.Tensor]
 
 
@@ -43,6 +44,7 @@ def make_compute_statistics(
     # Not from data workers, who prepare the steps of training.
     train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
 
+    @as_written
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         count = num_steps * context.num_replicas_in_sync // context.num_input_pipelines
         batches = train_dataset_fn(context).map(lambda images, *_: images).take(count)
@@ -90,14 +92,14 @@ def _make_statistics_loop(
         # Also where they are the same already: so no difference, however small, is left between workers.
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, moments)
 
-    @tf.function
-    def statistics_loop(iterator: object, num_steps: tf.Tensor) -> None:
-        totals = tf.zeros([2, sum(sizes)], tf.float64)
+    @graph
+    def statistics_loop(iterator: Iterator[tf.Tensor], num_steps: tf.Tensor) -> None:
+        def batch_moments() -> tf.Tensor:
+            return strategy.experimental_local_results(strategy.run(replica_moments, args=(next(iterator),)))[0]
+
         # Not within a replica's function: several are traced by turns.
         with _batch_statistics(layers, synchronized):
-            for _ in tf.range(num_steps):
-                per_replica = strategy.run(replica_moments, args=(next(iterator),))  # type: ignore[call-overload]
-                totals += strategy.experimental_local_results(per_replica)[0]
+            totals = add_up(num_steps, tf.zeros([2, sum(sizes)], tf.float64), batch_moments)
         means, squares = tf.unstack(totals / tf.cast(num_steps, tf.float64))
         variances = tf.maximum(squares - means * means, 0)
         for layer, *values in zip(layers, tf.split(means, sizes), tf.split(variances, sizes), strict=True):
@@ -137,7 +139,7 @@ def _layers_of(model: keras.Model) -> list[keras.layers.BatchNormalization]:
     # Traced, and not for its effects: those on variables are left out.
     with _calling(layers, noting), keras.StatelessScope():
         spec = tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)
-        tf.function(model).get_concrete_function(spec, training=True)
+        graph(model).get_concrete_function(spec, training=True)
     return [layer for layer, noted in zip(layers, calls, strict=True) if noted == [True]]
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from trainer import loading
 from trainer.dataset import Part
+from trainer.tracing import graph
 
 # Enough for every picture; a test set of millions would only take time and memory.
 MOST_EXAMPLES = 10_000
@@ -60,7 +61,7 @@ def predict(
     class_names = (*class_names, *map(str, range(len(class_names), model.outputs[0].shape[1])))
     with_features = _with_features(model)
 
-    @tf.function(reduce_retracing=True)
+    @graph(reduce_retracing=True)
     def answers(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         features, logits = with_features(tf.cast(images, model.inputs[0].dtype), training=False)
         return tf.reshape(features, [tf.shape(images)[0], -1]), tf.nn.softmax(tf.cast(logits, tf.float32))

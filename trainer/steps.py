@@ -1,13 +1,13 @@
 """What devices compute: training steps, evaluation, and the copy of weights in between. Functions of state and batch only.
 
 A function named `replica_*` runs in replica context, once on each device; the others run across replicas, inside one
-`tf.function` with the whole inner loop, so that Python is asked once in `--steps_per_loop` steps.
+graph with the whole inner loop, so that Python is asked once in `--steps_per_loop` steps.
 
 Letters in shapes: b, batch of one replica; H, W, C, an image.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -17,6 +17,7 @@ from trainer.config import Config
 from trainer.layers import training_on
 from trainer.models import weights_of
 from trainer.optimizers import Schedule
+from trainer.tracing import add_up, graph
 
 # Columns of what training and evaluation return: sums over examples.
 LOSS, CORRECT, EXAMPLES = range(3)
@@ -46,9 +47,9 @@ class State:
     gradients: Sequence[tf.Variable] = ()
 
 
-TrainLoop = Callable[[object, tf.Tensor, tf.Tensor], tf.Tensor]
+TrainLoop = Callable[[Iterator, tf.Tensor, tf.Tensor], tf.Tensor]
 GradientsFn = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, list[tf.Tensor]]]
-EvalLoop = Callable[[object, tf.Tensor], tf.Tensor]
+EvalLoop = Callable[[Iterator, tf.Tensor], tf.Tensor]
 
 
 def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strategy) -> TrainLoop:
@@ -65,7 +66,7 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
     gradients_fn = _make_gradients_fn(config, model, optimizer)
     dtype_sent = exchange_dtype(config, strategy)
     if config.jit_compile:
-        gradients_fn = tf.function(gradients_fn, jit_compile=True, autograph=False)
+        gradients_fn = graph(gradients_fn, jit_compile=True)
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         dtype = tf.float64 if config.precision == "float64" else tf.float32
@@ -96,22 +97,23 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         with tf.control_dependencies([tf.convert_to_tensor(variable) for variable in model.trainable_variables]):
             return tf.concat([totals, [norm / num_replicas]], axis=0)
 
-    @tf.function
-    def train_loop(iterator: object, first_step: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
-        rows = tf.TensorArray(tf.float64, size=tf.cast(num_steps, tf.int32), element_shape=[TRAIN_COLUMNS])
-        ended = time_of([])
-        for index in tf.range(num_steps):
-            batch = next(iterator)  # type: ignore[call-overload]
+    @graph
+    def train_loop(iterator: Iterator[tuple[tf.Tensor, ...]], first_step: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
+        def step(index: tf.Tensor, began: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray]:
+            batch = next(iterator)
             ready = time_of(tf.nest.flatten(batch, expand_composites=True))
             per_replica = strategy.experimental_local_results(strategy.run(replica_step, args=batch))
-            local, began = tf.add_n(per_replica), ended
+            local = tf.add_n(per_replica)
             ended = time_of([local])
             # A batch may be ready before the step before it has ended.
             seconds = tf.stack([tf.maximum(ready - began, 0), ended - began]) * len(per_replica) / num_replicas
-            rows = rows.write(tf.cast(index, tf.int32), tf.concat([local, seconds], axis=0))
             if config.ema_decay:
                 update_average(config.ema_decay, state, strategy, first_step + index)
-        return rows.stack()
+            return index + 1, ended, rows.write(tf.cast(index, tf.int32), tf.concat([local, seconds], axis=0))
+
+        rows = tf.TensorArray(tf.float64, size=tf.cast(num_steps, tf.int32), element_shape=[TRAIN_COLUMNS])
+        start = tf.zeros([], tf.int64), time_of([]), rows
+        return tf.while_loop(lambda index, *_: index < num_steps, step, start)[-1].stack()
 
     return train_loop
 
@@ -217,7 +219,7 @@ def _each_weight(state: State, strategy: tf.distribute.Strategy, update: Callabl
 def make_copy_weights(state: State, strategy: tf.distribute.Strategy) -> Callable[[], None]:
     """A function that makes the inference weights equal to the model's."""
 
-    @tf.function
+    @graph
     def copy_weights() -> None:
         _each_weight(state, strategy, lambda target, source: target.assign(source))
 
@@ -237,7 +239,7 @@ def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> C
         for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)
 
-    @tf.function
+    @graph
     def average_statistics() -> None:
         strategy.run(replica_average)
 
@@ -256,13 +258,12 @@ def make_eval_loop(model: keras.Model, strategy: tf.distribute.Strategy) -> Eval
         logits = model(tf.cast(images, model.inputs[0].dtype), training=False)
         return _totals(cross_entropy(labels, logits), _correct(labels, logits), weights)
 
-    @tf.function
-    def eval_loop(iterator: object, num_batches: tf.Tensor) -> tf.Tensor:
-        totals = tf.zeros([3], tf.float64)
-        for _ in tf.range(num_batches):
-            per_replica = strategy.run(replica_eval, args=next(iterator))  # type: ignore[call-overload]
-            totals += tf.add_n(strategy.experimental_local_results(per_replica))
-        return totals
+    @graph
+    def eval_loop(iterator: Iterator[tuple[tf.Tensor, ...]], num_batches: tf.Tensor) -> tf.Tensor:
+        def batch_totals() -> tf.Tensor:
+            return tf.add_n(strategy.experimental_local_results(strategy.run(replica_eval, args=next(iterator))))
+
+        return add_up(num_batches, tf.zeros([3], tf.float64), batch_totals)
 
     return eval_loop
 
@@ -277,7 +278,7 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy, num_workers: int) ->
         context = tf.distribute.get_replica_context()
         return context.all_reduce(tf.distribute.ReduceOp.SUM, values / local_replicas)
 
-    @tf.function(reduce_retracing=True)
+    @graph(reduce_retracing=True)
     def sum_over_workers(values: tf.Tensor) -> tf.Tensor:
         return strategy.experimental_local_results(strategy.run(replica_sum, args=(values,)))[0]
 

@@ -20,6 +20,7 @@ from trainer.errors import RequestError
 from trainer.images import scaled
 from trainer.order import Epoch, Order
 from trainer.records import COUNT, FRAME_BYTES, IMAGE_KEY, LABEL_KEY, OFFSET, SHARD, Records
+from trainer.tracing import as_written
 
 # What is read ahead in one go: so much of the files, and no more records than that.
 _CHUNK_BYTES = 8 * 2**20
@@ -96,6 +97,7 @@ def steps_of(records: Records, share: Share, seed: int) -> Callable[[tf.Tensor, 
     return of_steps
 
 
+@as_written
 def eval_records(records: Records, share: Share) -> tf.data.Dataset:
     """A worker's records in their own order; positions from N on stand for record N - 1, without end. Returns as above."""
     order = Order(records.segments[:, COUNT], share.global_batch_size, 0)
@@ -166,6 +168,7 @@ def decoder(records: Records) -> "tf.types.experimental.GenericFunction":
     def fitted(image: tf.Tensor) -> tf.Tensor:
         return tf.cast(scaled(tf.cast(image, tf.float32), height, width), tf.uint8)
 
+    @as_written
     def decode(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         parsed = tf.io.parse_example(serialized, features)
         content, labels = parsed[IMAGE_KEY], tf.cast(parsed[LABEL_KEY], tf.int32)

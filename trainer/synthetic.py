@@ -32,8 +32,9 @@ class Deformed:
             import tensorflow as tf
 
             from trainer.augment import augment
+            from trainer.tracing import graph
 
-        @tf.function(reduce_retracing=True)
+        @graph(reduce_retracing=True)
         def deform(images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
             return tf.cast(tf.round(augment(images, numbers, "elastic", self.seed)), tf.uint8)
 
