@@ -15,7 +15,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import figures, report, storage
+from trainer import drawing, figures, report, storage
 from trainer.config import Config
 from trainer.dashboard import Dashboard
 from trainer.errors import RequestError, Stopped
@@ -245,7 +245,7 @@ def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -
     shown = UNUSUAL[name]
     drawn = figures.of_predictions(shown)
     for figure in drawn.values():
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert drawing.png(figure).startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "epoch": 0.5, "split": "train", "loss": null, "accuracy": 0.5, "images_per_second": null}\n'
     )
@@ -279,7 +279,7 @@ def test_curve_of_accuracy_ends_at_100_percent_and_shows_the_last_value() -> Non
 
 
 def test_texts_in_pictures_take_the_colour_of_the_page() -> None:
-    text = figures.svg(figures.confusion(predictions(30, 3)))
+    text = drawing.svg(figures.confusion(predictions(30, 3)))
     assert "currentColor" in text
     assert "#1f2430" not in text
     # No ground of its own.

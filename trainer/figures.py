@@ -1,15 +1,9 @@
-"""Pictures of what a model knows and does not, by matplotlib and scikit-learn's displays. Functions of predictions only.
-
-Each is drawn once: `png` gives it a light ground of its own, `svg` leaves the ground and the colour of its text to the page.
-"""
+"""Pictures of what a model knows and does not, by matplotlib and scikit-learn's displays. Functions of predictions only."""
 
 from __future__ import annotations
 
-import io
-import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -18,47 +12,16 @@ from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.calibration import CalibrationDisplay
 
+from trainer.drawing import BLUE, INK, STYLE, pictures, plain, subplots
+
 # Drawing needs no TensorFlow, which predictions are made with.
 if TYPE_CHECKING:
     from trainer.predictions import Predictions
 
-# No colour of text that anything else has: `svg` replaces it by the page's own.
-_INK = "#1f2430"
-STYLE: dict[Any, Any] = {
-    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False,
-    "font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "digitfleet",
-    "image.cmap": "gray",
-}  # fmt: skip
-BLUE, ORANGE = "#2f7ed8", "#e8743b"
 # More classes than these are shown by their worst ones.
 _MOST_CLASSES = 20
 _MOST_CURVES = 10
 _BINS = 10
-
-
-@mpl.rc_context(STYLE)
-def png(figure: Figure) -> bytes:
-    """The figure on a light ground: legible wherever it is shown."""
-    with io.BytesIO() as content:
-        _save(figure, content, format="png", dpi=110, facecolor="white")
-        return content.getvalue()
-
-
-@mpl.rc_context(STYLE)
-def svg(figure: Figure) -> str:
-    """The figure as an element to put into a page: no ground, and text in the page's colour."""
-    with io.StringIO() as content:
-        _save(figure, content, format="svg", transparent=True, metadata={"Date": None})
-        text = content.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
-
-
-def _save(figure: Figure, content: IO[Any], **options: Any) -> None:
-    with warnings.catch_warnings():
-        # Names in letters that matplotlib's font lacks: a page draws them in its own font, a PNG as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        figure.savefig(content, **options)
 
 
 def of_predictions(predictions: Predictions) -> dict[str, Figure]:
@@ -82,7 +45,7 @@ def confusion(predictions: Predictions) -> Figure:
     matrix = metrics.confusion_matrix(predictions.labels[among], predictions.predicted[among], labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
-    names = [_plain(predictions.class_names[label]) for label in shown]
+    names = [plain(predictions.class_names[label]) for label in shown]
     display = metrics.ConfusionMatrixDisplay(matrix, display_labels=names)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=len(shown) <= _MOST_CLASSES)
     display.im_.set_data(off_diagonal)
@@ -101,7 +64,7 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
-    names = [_plain(name[:9]) for name in predictions.class_names]
+    names = [plain(name[:9]) for name in predictions.class_names]
     titles = [
         f"{names[predictions.labels[index]]} → {names[predictions.predicted[index]]}\n{predictions.confidence[index]:.0%}"
         for index in wrong
@@ -115,7 +78,7 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    bars = axes.barh([_plain(predictions.class_names[label]) for label in shown], 100 * shares, color=BLUE)
+    bars = axes.barh([plain(predictions.class_names[label]) for label in shown], 100 * shares, color=BLUE)
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -130,7 +93,7 @@ def precision_and_recall(predictions: Predictions) -> Figure:
     def draw(label: int, axes: Axes) -> None:
         metrics.PrecisionRecallDisplay.from_predictions(
             predictions.labels == label, predictions.probabilities[:, label], ax=axes, drop_intermediate=True,
-            name=_plain(predictions.class_names[label]),
+            name=plain(predictions.class_names[label]),
         )  # fmt: skip
 
     return _curves(predictions, draw, "recall", "precision", (0.9, 1.005), (0.9, 1.005))
@@ -142,7 +105,7 @@ def roc(predictions: Predictions) -> Figure:
 
     def draw(label: int, axes: Axes) -> None:
         metrics.RocCurveDisplay.from_predictions(
-            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=_plain(predictions.class_names[label])
+            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=plain(predictions.class_names[label])
         )
 
     figure = _curves(predictions, draw, "false positives", "true positives", (1e-4, 1), (0.9, 1.005))
@@ -156,7 +119,7 @@ def calibration(predictions: Predictions) -> Figure:
     right = predictions.predicted == predictions.labels
     figure, (axes, below) = subplots(2, (5.0, 5.6), height_ratios=[3, 1])
     CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=BLUE)
-    axes.lines[0].set_color(_INK)
+    axes.lines[0].set_color(INK)
     axes.legend(loc="lower right")
     axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
     below.hist(predictions.confidence, bins=50, log=True, color=BLUE)
@@ -170,84 +133,6 @@ def calibration_error(predictions: Predictions) -> float:
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     gaps = [abs(right[bins == index].sum() - confidence[bins == index].sum()) for index in range(_BINS)]
     return float(sum(gaps) / len(right))
-
-
-@mpl.rc_context(STYLE)
-def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -> Figure:
-    """Images in rows.
-
-    Args:
-        images: [n, H, W, C], uint8 or float; C is 1 or 3.
-        titles: one an image; a single one for none at all.
-        columns: images a row.
-    """
-    rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure((0.8 * columns, 0.3 + (1.0 if titles else 0.8) * rows), layout="constrained")
-    for axes in (cells := figure.subplots(rows, columns, squeeze=False).ravel()):
-        axes.set_axis_off()
-    for axes, image in zip(cells, images, strict=False):
-        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image.astype(np.uint8), interpolation="nearest")
-    for axes, title in zip(cells, titles, strict=False):
-        axes.set_title(title, fontsize=7.5)
-    return figure
-
-
-@mpl.rc_context(STYLE)
-def kernels(weights: np.ndarray, most: int = 64) -> Figure:
-    """The kernels of a convolution, [height, width, in, out], averaged over input channels; orange is negative, blue positive."""
-    shown = weights.mean(axis=2).transpose(2, 0, 1)[:most]
-    limit = np.abs(shown).max() or 1
-    figure = pictures(shown[..., np.newaxis], columns=16)
-    figure.set_size_inches(6.4, 0.2 + 0.45 * math.ceil(len(shown) / 16))
-    for axes in figure.axes:
-        for image in axes.get_images():
-            image.set(cmap=mpl.colors.LinearSegmentedColormap.from_list("signed", [ORANGE, "white", BLUE]), clim=(-limit, limit))
-    return figure
-
-
-@mpl.rc_context(STYLE)
-def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str, zoomed: Sequence[str] = ()
-) -> Figure:
-    """Curves over a common axis: panels, one below the other, by title; in each, curves (x, y) by name.
-
-    Those in `zoomed` leave their outliers out: a run's first steps would flatten the rest.
-    """
-    figure, all_axes = subplots(len(panels), (8.4, 2.0 * len(panels)), sharex=True)
-    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        for name, (x, y) in curves.items():
-            axes.plot(x, y, label=name, marker="o" if len(x) == 1 else None, linewidth=1.4)
-        axes.set_title(title, loc="left")
-        axes.grid(alpha=0.25)
-        if title in zoomed:
-            _leave_out_outliers(axes)
-        if len(curves) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    all_axes[-1].set_xlabel(xlabel)
-    return figure
-
-
-def end_at(axes: Axes, most: float) -> None:
-    """Ends the vertical axis where values end, such as shares at 100 %."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, most))
-
-
-def _leave_out_outliers(axes: Axes) -> None:
-    """Gives the vertical axis to what most points and the last ones have."""
-    values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
-    finite = np.concatenate([part[np.isfinite(part)] for part in values])
-    if len(finite):
-        kept = [*np.percentile(finite, [5, 95]), *(part[-1] for part in values if np.isfinite(part[-1]))]
-        margin = 0.08 * (max(kept) - min(kept)) or 0.05 * abs(kept[0]) or 1.0
-        axes.set_ylim(min(kept) - margin, max(kept) + margin)
-
-
-@mpl.rc_context(STYLE)
-def subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of so many inches in the style of all, and its axes, one below the other."""
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, 1, squeeze=False, **options).ravel().tolist()
 
 
 def _curves(
@@ -268,11 +153,6 @@ def _curves(
     if axes.lines:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
-
-
-def _plain(name: str) -> str:
-    """The name as matplotlib draws it letter by letter: a dollar sign begins a formula otherwise."""
-    return name.replace("$", r"\$")
 
 
 def _recalls(predictions: Predictions) -> np.ndarray:

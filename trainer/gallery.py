@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.plugins.pr_curve import summary as pr_curve
 from tensorboard.plugins.projector import projector_config_pb2
 
-from trainer import figures, loading, storage
+from trainer import drawing, figures, loading, storage
 from trainer.augment import augment
 from trainer.config import Config
 from trainer.dashboard import Dashboard
@@ -40,10 +40,10 @@ def draw(config: Config, model: keras.Model, predictions: Predictions, train_set
     images, _ = next(loading.batches(train_set))
     samples = tf.constant(images[:_NUM_SAMPLES], tf.float32)
     samples = augment(samples, tf.range(len(samples), dtype=tf.int64), config.augment, config.seed)
-    drawn["augmented_input"] = figures.pictures(np.clip(samples.numpy(), 0, 255))
+    drawn["augmented_input"] = drawing.pictures(np.clip(samples.numpy(), 0, 255))
     convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     if convolutions:
-        drawn["first_kernels"] = figures.kernels(convolutions[0].kernel.numpy())
+        drawn["first_kernels"] = drawing.kernels(convolutions[0].kernel.numpy())
     return drawn
 
 
@@ -53,7 +53,7 @@ def show(
     """Puts pictures, PR curves, the model's graph and what its last layer sees into TensorBoard's folder."""
     forward = graph(lambda images: model(images, training=False))
     dashboard.write_graph(forward.get_concrete_function(tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)).graph)
-    pictures = {f"result/{number}_{name}": figures.png(figure) for number, (name, figure) in enumerate(drawn.items(), start=1)}
+    pictures = {f"result/{number}_{name}": drawing.png(figure) for number, (name, figure) in enumerate(drawn.items(), start=1)}
     dashboard.write_images(predictions.split, pictures, step)
     curves = [
         pr_curve.pb(

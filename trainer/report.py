@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer import figures, storage
+from trainer import drawing, figures, storage
 from trainer.config import Config
 from trainer.metrics import Record
 from trainer.pages import render
@@ -57,8 +57,8 @@ def write(
         "options": _options(config),
         "environment": {**run.get("versions", {}), **run.get("topology", {})},
         "mistakes": _mistakes(predictions),
-        "curves": figures.svg(_curves(records)),
-        "pictures": [(_CAPTIONS[name], figures.svg(figure)) for name, figure in drawn.items()],
+        "curves": drawing.svg(_curves(records)),
+        "pictures": [(_CAPTIONS[name], drawing.svg(figure)) for name, figure in drawn.items()],
     }
     for name in ("report.html", "report.md"):
         storage.write_text(model_dir / name, render(name, values))
@@ -84,10 +84,10 @@ def _curves(records: list[Record]) -> Figure:
         "images per second": curves("images_per_second"),
     }
     drawn = {title: found for title, found in panels.items() if found}
-    figure = figures.lines(drawn, "epoch", list(panels)[:4])
+    figure = drawing.lines(drawn, "epoch", list(panels)[:4])
     for title, axes in zip(drawn, figure.axes, strict=True):
         if "%" in title:
-            figures.end_at(axes, 100)
+            drawing.end_at(axes, 100)
     return figure
 
 

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer import figures, storage, trial
+from trainer import drawing, storage, trial
 from trainer.pages import render
 from trainer.search import Search
 
-_COLOURS = mpl.colors.LinearSegmentedColormap.from_list("worse_to_better", [figures.ORANGE, "#cfd6e1", figures.BLUE])
+_COLOURS = mpl.colors.LinearSegmentedColormap.from_list("worse_to_better", [drawing.ORANGE, "#cfd6e1", drawing.BLUE])
 
 
 def write(search: Search, result: dict[str, Any] | None) -> None:
@@ -30,7 +30,7 @@ def write(search: Search, result: dict[str, Any] | None) -> None:
     trials, best = search.trials(), search.best()
     known = [found for found in trials if found.value is not None]
     pictures = {}
-    with mpl.rc_context(figures.STYLE):
+    with mpl.rc_context(drawing.STYLE):
         if known:
             pictures["Trials in order, and the best so far"] = history(known)
             pictures["Each trial's options: a line a trial, blue is better"] = parallel_coordinates(known)
@@ -45,7 +45,7 @@ def write(search: Search, result: dict[str, Any] | None) -> None:
         "num_trials": search.num_trials,
         "names": list(search.options),
         "rows": [_row(search, found) for found in trials],
-        "pictures": [(caption, figures.svg(figure)) for caption, figure in pictures.items()],
+        "pictures": [(caption, drawing.svg(figure)) for caption, figure in pictures.items()],
     }
     storage.write_text(search.folder / "report.html", render("tune.html", values))
 
@@ -66,18 +66,18 @@ def _row(search: Search, found: FrozenTrial) -> dict[str, Any]:
 
 def history(trials: Sequence[FrozenTrial]) -> Figure:
     """The accuracy of each trial that has one, and of the best complete one so far."""
-    figure, (axes,) = figures.subplots(1, (8.4, 3.2))
+    figure, (axes,) = drawing.subplots(1, (8.4, 3.2))
     for state, colour, label in (
-        (TrialState.COMPLETE, figures.BLUE, "complete"),
-        (TrialState.PRUNED, figures.ORANGE, "ended early"),
+        (TrialState.COMPLETE, drawing.BLUE, "complete"),
+        (TrialState.PRUNED, drawing.ORANGE, "ended early"),
     ):
         of_state = [found for found in trials if found.state == state]
         axes.plot([found.number for found in of_state], _percent(of_state), "o", color=colour, label=label, markersize=4)
     complete = [found for found in trials if found.state == TrialState.COMPLETE]
     axes.step([found.number for found in complete], np.maximum.accumulate(_percent(complete)) if complete else [],
-              where="post", color=figures.BLUE, linewidth=1.2, label="best so far")  # fmt: skip
+              where="post", color=drawing.BLUE, linewidth=1.2, label="best so far")  # fmt: skip
     axes.set(xlabel="trial", ylabel="validation accuracy, %")
-    figures.end_at(axes, 100)
+    drawing.end_at(axes, 100)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -90,7 +90,7 @@ def parallel_coordinates(trials: Sequence[FrozenTrial]) -> Figure:
     accuracies = np.array(_percent(trials))
     # By rank: one bad trial would leave all others in the same colour and place.
     ranks = np.argsort(np.argsort(accuracies, kind="stable")) / max(len(trials) - 1, 1)
-    figure, (axes,) = figures.subplots(1, (8.4, 3.8))
+    figure, (axes,) = drawing.subplots(1, (8.4, 3.8))
     places = range(len(distributions) + 1)
     for index in np.argsort(ranks):
         heights = [_height(distributions[name], trials[index].params.get(name)) for name in distributions]
@@ -110,8 +110,8 @@ def parallel_coordinates(trials: Sequence[FrozenTrial]) -> Figure:
 def importances(study: optuna.Study) -> Figure:
     """How much of what the accuracy varies each option explains."""
     shares = optuna.importance.get_param_importances(study)
-    figure, (axes,) = figures.subplots(1, (6.4, 0.6 + 0.3 * len(shares)))
-    bars = axes.barh(list(shares), [100 * share for share in shares.values()], color=figures.BLUE)
+    figure, (axes,) = drawing.subplots(1, (6.4, 0.6 + 0.3 * len(shares)))
+    bars = axes.barh(list(shares), [100 * share for share in shares.values()], color=drawing.BLUE)
     axes.bar_label(bars, [f"{share:.0%}" for share in shares.values()], padding=3)
     axes.invert_yaxis()
     axes.set(xlim=(0, 115), xlabel="%")
