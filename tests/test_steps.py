@@ -136,7 +136,7 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     state = steps.State(model, inference, make_optimizer(config, schedule, model), schedule)
 
     def slow(index: np.ndarray) -> np.ndarray:
-        time.sleep(0.2 if index % 3 == 2 else 0)
+        time.sleep(1 if index % 3 == 2 else 0)
         return index
 
     def wait(*batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -154,7 +154,7 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     seconds = time.perf_counter() - started
     waited, took = rows[:, steps.INPUT_SECS], rows[:, steps.STEP_SECS]
     assert (waited <= took).all()
-    # A batch is asked for before the step before it has ended: some of its 0.2 s are over by then.
+    # A batch is asked for before the step before it has ended: some of its second is over by then, on a busy machine most.
     assert (waited[[2, 5]] >= 0.1).all(), waited
     # What is left of the call is its overhead.
     assert took.sum() <= seconds
