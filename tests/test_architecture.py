@@ -76,8 +76,8 @@ def test_graphs_are_traced_without_autograph() -> None:
         assert not found or name == "tracing", name
 
 
-def test_job_draws_and_measures_only_when_it_is_asked_to() -> None:
-    # In a process of its own: pytest's has them already. Keras imports both, if it is let, and a job may need neither.
+def test_what_draws_is_imported_only_to_draw() -> None:
+    # In a process of its own: pytest's has them already. Keras imports both, if it is let, and a worker may need neither.
     script = """if True:
         import sys
         from trainer import cli

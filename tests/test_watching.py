@@ -1,10 +1,12 @@
 """What a run leaves to look at: TensorBoard's pages, the report, the Prometheus endpoint, the profile."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,6 +15,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import drawing, figures, report, storage
@@ -256,6 +261,43 @@ def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 7
     assert "<b>" not in page
+
+
+def test_pictures_stand_upright_in_rows() -> None:
+    wide = np.full((10, 20, 60, 3), (0, 0, 255), np.uint8)
+    wide[:, :10, :30] = 255, 0, 0
+    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(wide, ["above"] * 10)))).convert("RGB"), int)
+    red, blue = ((shown == colour).all(axis=2) for colour in ([255, 0, 0], [0, 0, 255]))
+    # Eight columns and two rows of pictures whose upper left quarter is red.
+    for row, column in np.ndindex(2, 8):
+        cell = np.s_[row * shown.shape[0] // 2 : (row + 1) * shown.shape[0] // 2, column * 88 : (column + 1) * 88]
+        assert red[cell].any() == (8 * row + column < 10)
+        if red[cell].any():
+            (red_y, red_x), (blue_y, blue_x) = (np.nonzero(part[cell]) for part in (red, blue))
+            assert (red_y.min(), red_x.min()) == (blue_y.min(), blue_x.min())
+            assert red_y.max() < blue_y.max()
+            assert red_x.max() < blue_x.max()
+            assert 2.5 < blue[cell].sum() / red[cell].sum() < 3.5
+            assert 2.5 < np.ptp(blue_x) / np.ptp(blue_y) < 3.5
+            # The title, in the ink of all, is close above.
+            ink = np.nonzero((shown[cell] < 128).all(axis=2))[0]
+            assert 0 < red_y.min() - ink.max() < 15
+
+
+def test_figure_is_laid_out_once_for_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Counter()
+    for owner, name in ((ConstrainedLayoutEngine, "execute"), (Figure, "draw")):
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+    figure = figures.confusion(predictions(30, 3))
+    assert drawing.svg(figure).startswith("<svg")
+    assert drawing.png(figure).startswith(b"\x89PNG")
+    assert counts == {"execute": 1, "draw": 3}
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:

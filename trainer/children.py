@@ -37,7 +37,7 @@ def pool(num_processes: int, prepare: Callable[..., None], *arguments: Any) -> I
 def import_tensorflow() -> None:
     """For `pool`, where the work needs TensorFlow: without its start-up noise."""
     with cli.quiet_start():
-        pass
+        pass  # It imports TensorFlow.
 
 
 def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -17,8 +17,8 @@ from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
-# Keras 3.15 imports them for wrappers and pictures that nothing here uses, and does without them where they are missing:
-# a quarter of a start. Who draws or measures imports them when it does.
+# Keras 3.15 imports them for pictures and wrappers, and has none where they are missing. Nothing here uses those, and the imports
+# take a quarter of the CPU time of TensorFlow's own. What splits or draws imports them then, as a user's module may.
 _NOT_FOR_KERAS = ("matplotlib", "sklearn")
 
 

@@ -1,6 +1,7 @@
-"""What all pictures have in common: their style, rows of small pictures, curves, and their two forms.
+"""What pictures have in common: their style, rows of small pictures, curves, and their two forms.
 
-Each is drawn once: `png` gives it a light ground of its own, `svg` leaves the ground and the colour of its text to the page.
+What is drawn of predictions is in `figures.py`. Each is drawn once: `png` gives it a light ground of its own, `svg` leaves the
+ground and the colour of its text to the page.
 """
 
 import io
@@ -20,10 +21,10 @@ STYLE: dict[Any, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False,
     "font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "digitfleet",
-    "image.cmap": "gray",
+    "image.cmap": "gray", "figure.autolayout": False, "figure.constrained_layout.use": False,
 }  # fmt: skip
 BLUE, ORANGE = "#2f7ed8", "#e8743b"
-# Of pictures in rows, inches: a place, the longer side in it, and what a title takes above.
+# Of pictures in rows, inches: a place, the longer side in it, and what a title of two lines takes above.
 _CELL, _PICTURE, _TITLE = 0.8, 0.7, 0.28
 
 
@@ -49,9 +50,9 @@ def _save(figure: Figure, content: IO[Any], **options: Any) -> None:
         # Names in letters that matplotlib's font lacks: a page draws them in its own font, a PNG as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         if figure.get_layout_engine():
-            # Once, not twice each time that it is saved.
+            # Once for both forms; and matplotlib draws what has a layout twice.
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+            figure.set_layout_engine(None)
         figure.savefig(content, **options)
 
 
@@ -73,7 +74,9 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
     for (x, y), image in zip(centers, images, strict=False):
         down, right = _PICTURE / 2 * np.array(image.shape[:2]) / max(image.shape[:2])
         image = image[..., 0] if image.shape[-1] == 1 else image.astype(np.uint8)
-        axes.imshow(image, extent=(x - right, x + right, y + down, y - down), aspect="auto", interpolation="nearest")
+        # Wide ones below their title, not in the middle of their place.
+        top = y - _PICTURE / 2
+        axes.imshow(image, extent=(x - right, x + right, top + 2 * down, top), aspect="auto", interpolation="nearest")
     for (x, y), title in zip(centers, titles, strict=False):
         axes.text(x, y - _CELL / 2, title, fontsize=7.5, horizontalalignment="center", verticalalignment="bottom")
     axes.set(xlim=(0, columns * _CELL), ylim=(rows * row_height, 0))
@@ -86,6 +89,7 @@ def kernels(weights: np.ndarray, most: int = 64) -> Figure:
     shown = weights.mean(axis=2).transpose(2, 0, 1)[:most]
     limit = np.abs(shown).max() or 1
     figure = pictures(shown[..., np.newaxis], columns=16)
+    # The axes span the figure: all becomes half as large.
     figure.set_size_inches(*figure.get_size_inches() / 2)
     signed = mpl.colors.LinearSegmentedColormap.from_list("signed", [ORANGE, "white", BLUE])
     for image in figure.axes[0].get_images():

@@ -16,7 +16,7 @@ from trainer.dataset import Examples, Part
 from trainer.randomness import shuffled
 from trainer.records import Records
 from trainer.streaming import Share
-from trainer.tracing import as_written
+from trainer.tracing import without_autograph
 
 _SHUFFLE_STREAM = 0
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
@@ -45,7 +45,7 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
         indices = shuffled(positions % num_examples, positions // num_examples, num_examples, seed, _SHUFFLE_STREAM)
         return tf.gather(images, indices), tf.gather(labels, indices), positions
 
-    @as_written
+    @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         return _positions(context, global_batch_size, first_step).map(
             gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
@@ -70,7 +70,7 @@ def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
         weights = tf.cast(positions < num_examples, tf.float64)
         return tf.gather(images, indices), tf.gather(labels, indices), weights
 
-    @as_written
+    @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         return _positions(context, global_batch_size, 0).map(gather).prefetch(2)
 
@@ -82,7 +82,7 @@ def _streamed_train_dataset_fn(
 ) -> DatasetFn:
     decode = streaming.decoder(records)
 
-    @as_written
+    @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         share = _share(context, global_batch_size)
         if data_service:
@@ -100,7 +100,7 @@ def _streamed_eval_dataset_fn(records: Records, global_batch_size: int) -> Datas
     def weighted(serialized: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return (*decode(serialized), tf.cast(positions < num_examples, tf.float64))
 
-    @as_written
+    @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         found = streaming.eval_records(records, _share(context, global_batch_size))
         return _batches(found, context, global_batch_size, weighted)

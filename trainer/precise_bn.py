@@ -19,7 +19,7 @@ import tensorflow as tf
 from trainer import pipeline
 from trainer.config import Config
 from trainer.dataset import Examples, Part
-from trainer.tracing import add_up, as_written, graph
+from trainer.tracing import add_up, graph, without_autograph
 
 _log = logging.getLogger("digitfleet")
 StatisticsLoop = Callable[[Iterator, tf.Tensor], None]
@@ -44,7 +44,7 @@ def make_compute_statistics(
     # Not from data workers, who prepare the steps of training.
     train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
 
-    @as_written
+    @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         count = num_steps * context.num_replicas_in_sync // context.num_input_pipelines
         batches = train_dataset_fn(context).map(lambda images, *_: images).take(count)

@@ -20,7 +20,7 @@ from trainer.errors import RequestError
 from trainer.images import scaled
 from trainer.order import Epoch, Order
 from trainer.records import COUNT, FRAME_BYTES, IMAGE_KEY, LABEL_KEY, OFFSET, SHARD, Records
-from trainer.tracing import as_written
+from trainer.tracing import without_autograph
 
 # What is read ahead in one go: so much of the files, and no more records than that.
 _CHUNK_BYTES = 8 * 2**20
@@ -97,7 +97,6 @@ def steps_of(records: Records, share: Share, seed: int) -> Callable[[tf.Tensor, 
     return of_steps
 
 
-@as_written
 def eval_records(records: Records, share: Share) -> tf.data.Dataset:
     """A worker's records in their own order; positions from N on stand for record N - 1, without end. Returns as above."""
     order = Order(records.segments[:, COUNT], share.global_batch_size, 0)
@@ -154,7 +153,7 @@ def _records_from(file: tf.Tensor, offset: tf.Tensor, buffer_bytes: int) -> tf.d
     return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
 
 
-def decoder(records: Records) -> "tf.types.experimental.GenericFunction":
+def decoder(records: Records) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """A function of serialized records, string [b], that gives images uint8 [b, H, W, C] and labels int32 [b]."""
     features = {IMAGE_KEY: tf.io.FixedLenFeature([], tf.string), LABEL_KEY: tf.io.FixedLenFeature([], tf.int64)}
     height, width, channels = records.image_shape
@@ -168,7 +167,6 @@ def decoder(records: Records) -> "tf.types.experimental.GenericFunction":
     def fitted(image: tf.Tensor) -> tf.Tensor:
         return tf.cast(scaled(tf.cast(image, tf.float32), height, width), tf.uint8)
 
-    @as_written
     def decode(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         parsed = tf.io.parse_example(serialized, features)
         content, labels = parsed[IMAGE_KEY], tf.cast(parsed[LABEL_KEY], tf.int32)
@@ -184,14 +182,18 @@ def decoder(records: Records) -> "tf.types.experimental.GenericFunction":
     return decode
 
 
+@without_autograph
+def _decoded(records: Records) -> tf.data.Dataset:
+    """Batches of `_BATCH` examples in their order, without end: see `eval_records`."""
+    decode = decoder(records)
+    dataset = eval_records(records, Share(0, _BATCH, _BATCH)).rebatch(_BATCH, drop_remainder=True)
+    return dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
+
+
 def batches(records: Records) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All examples in their order, as images uint8 [n, H, W, C] and labels int32 [n]."""
-    decode = decoder(records)
-    share = Share(0, _BATCH, _BATCH)
-    dataset = eval_records(records, share).rebatch(_BATCH, drop_remainder=True)
-    decoded = dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
     left = len(records)
-    for images, labels in itertools.islice(decoded.as_numpy_iterator(), math.ceil(left / _BATCH)):
+    for images, labels in itertools.islice(_decoded(records).as_numpy_iterator(), math.ceil(left / _BATCH)):
         yield images[:left], labels[:left]
         left -= _BATCH
 
@@ -270,6 +272,7 @@ def _verified_segment(
     return found, problems
 
 
+@without_autograph
 def _whole_records(file: str, offset: int, at_most: int) -> int:
     """How many undamaged records there are from a byte offset on, up to the first damaged one. The file can be opened."""
     # Within a function: as the source of a pipeline of its own, TensorFlow 2.21 cannot write the op into a graph.

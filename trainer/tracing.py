@@ -1,7 +1,8 @@
 """TensorFlow graphs of Python functions as they are written.
 
-AutoGraph, which TensorFlow asks by default, rewrites the loops and conditions of a function and of all that it calls: a fifth of
-the CPU time of a short job. Nothing here needs it, and networks do not rely on it: Keras's `fit` does without it, too.
+AutoGraph, which TensorFlow uses by default, rewrites the loops and conditions of a function and of all that it calls: a fifth of
+the CPU time of a short job. Nothing here needs it. The conditions of a network's layers were never rewritten, as Keras stands
+between (its `fit` does without AutoGraph, too); what a user puts into `tf.function` still is.
 """
 
 import functools
@@ -9,9 +10,9 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Decorators: a graph; and a function within which data sets trace theirs.
+# Decorators: of a function to trace, and of the outermost one that makes a data set, for all that it gives to `map` and the like.
 graph = functools.partial(tf.function, autograph=False)
-as_written = tf.autograph.experimental.do_not_convert
+without_autograph = tf.autograph.experimental.do_not_convert
 
 
 def add_up(num: tf.Tensor, zeros: tf.Tensor, compute: Callable[[], tf.Tensor]) -> tf.Tensor:

@@ -1,0 +1,38 @@
+"""Graphs are traced without AutoGraph, wherever a job makes one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, arguments
+
+# `trainer.task`, with a list of what AutoGraph converts.
+_SCRIPT = """
+import sys
+from absl import flags
+from trainer import cli, task
+from trainer import flags as task_flags
+with cli.quiet_start():
+    from tensorflow.python.autograph.impl import api
+convert = api._convert_actual
+def noted(entity, context):
+    print("converted", entity.__module__, entity.__qualname__)
+    return convert(entity, context)
+api._convert_actual = noted
+task_flags.define(flags.FLAGS)
+cli.run("trainer.task", task.main)
+"""
+
+
+@pytest.mark.parametrize(("data", "more"), [("tiny_data", {}), ("tiny_records", {"on_error": "skip"})])
+def test_job_converts_nothing_of_ours(data: str, more: dict, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    options = {**TINY, "data_dir": request.getfixturevalue(data), "model_dir": tmp_path / "run", "ema_decay": 0.9, "report": True,
+               "strategy": "mirrored", "num_devices": 2, **more}  # fmt: skip
+    command = [sys.executable, "-c", _SCRIPT, *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    converted = [line for line in done.stdout.splitlines() if line.startswith("converted")]
+    # TensorFlow's own, which show that it is seen.
+    assert any("saved_model" in line for line in converted)
+    assert not [line for line in converted if line.startswith("converted trainer.")]
