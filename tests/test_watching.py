@@ -235,6 +235,9 @@ def predictions(num_examples: int, num_classes: int, channels: int = 1, **change
 UNUSUAL = {
     "one example": predictions(1, 2),
     "many classes": predictions(300, 47),
+    "many classes taken for one that is not shown": predictions(
+        60, 30, labels=np.arange(60, dtype=np.int32) % 30, probabilities=np.tile(np.eye(30, dtype=np.float32)[29], (60, 1))
+    ),
     "colour": predictions(40, 3, channels=3),
     "classes without examples": predictions(20, 5, labels=np.zeros(20, np.int32)),
     "no mistakes": predictions(20, 2, labels=np.zeros(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),

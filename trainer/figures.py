@@ -40,9 +40,8 @@ def of_predictions(predictions: Predictions) -> dict[str, Figure]:
 def confusion(predictions: Predictions) -> Figure:
     """How often each class was taken for each: rows are what it was, columns what it was taken for."""
     shown = _worst_classes(predictions, _MOST_CLASSES)
-    among = np.isin(predictions.labels, shown) & np.isin(predictions.predicted, shown)
     figure, (axes,) = subplots(1, (5.6, 5.2))
-    matrix = metrics.confusion_matrix(predictions.labels[among], predictions.predicted[among], labels=shown)
+    matrix = metrics.confusion_matrix(predictions.labels, predictions.predicted, labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
     names = [plain(predictions.class_names[label]) for label in shown]
@@ -55,7 +54,9 @@ def confusion(predictions: Predictions) -> Figure:
         text.set_color("white" if dark else "#777" if not matrix[row, column] else "#123")
         text.set_fontweight("bold" if row == column else "normal")
     _turn_long(axes, names)
-    figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only", fontsize=9)
+    left_out = len(predictions.labels) - matrix.sum()
+    note = f"; {left_out} of or taken for other classes are left out" if left_out else ""
+    figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only{note}", fontsize=9)
     return figure
 
 
