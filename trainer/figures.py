@@ -55,7 +55,7 @@ def confusion(predictions: Predictions) -> Figure:
         text.set_fontweight("bold" if row == column else "normal")
     _turn_long(axes, names)
     left_out = len(predictions.labels) - matrix.sum()
-    note = f"; {left_out} of or taken for other classes are left out" if left_out else ""
+    note = f"\n{left_out} are left out: of other classes, or taken for one" if left_out else ""
     figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only{note}", fontsize=9)
     return figure
 
