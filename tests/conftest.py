@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from trainer import dataset
-from trainer.cluster import set_log_level
+from trainer.cluster import set_tensorflow_defaults
 from trainer.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ TINY = {
     "report": False,
 }  # fmt: skip
 
-set_log_level(-1)
+set_tensorflow_defaults(-1)
 # A shell starts what runs in its background with Ctrl-C ignored, and every process would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

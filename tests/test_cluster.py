@@ -1,6 +1,8 @@
 """What the environment says about the workers, and how contradictions are told."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -253,3 +255,17 @@ def test_gpus_are_those_whose_device_nodes_there_are(
         (tmp_path / node).touch()
     environment = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
     assert visible_gpus(environment, tmp_path) == expected
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels for x86")
+@pytest.mark.parametrize(("chosen", "on"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
+def test_tensorflow_computes_by_onednn_on_every_cpu_unless_the_user_says_no(chosen: dict[str, str], on: bool) -> None:
+    code = (
+        "from trainer import cli\n"
+        "with cli.quiet_start():\n"
+        "    from tensorflow.python.util import _pywrap_util_port\n"
+        "print(_pywrap_util_port.IsMklEnabled())"
+    )
+    environment = {"PATH": os.environ["PATH"], **chosen}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(on)]

@@ -63,7 +63,7 @@ def quiet_start() -> Iterator[None]:
     Some of it is written before TensorFlow has read its log level, so stderr itself is set aside. It comes back whole
     when the import fails.
     """
-    cluster.set_log_level(logging.get_verbosity())
+    cluster.set_tensorflow_defaults(logging.get_verbosity())
     if logging.get_verbosity() >= logging.INFO:
         _import_tensorflow()
         yield
