@@ -11,6 +11,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
 from examples import resnet
+from trainer import custom
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.layers import training_on
@@ -145,3 +146,26 @@ def test_job_with_a_wrong_model_ends_with_2_and_leaves_nothing(module, tiny_data
     assert done.returncode == 2, done.stderr
     assert "gives (None, 3)" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("tells_its_shape", [True, False])
+def test_layer_with_a_condition_that_depends_on_data_is_refused_with_the_reason(tells_its_shape: bool, module) -> None:
+    """One that tells its shape itself is called for the first time when the network is computed."""
+    shape = "    def compute_output_shape(self, shape):\n        return shape\n" if tells_its_shape else ""
+    layer = "class Gate(keras.layers.Layer):\n    def call(self, x):\n        return x if keras.ops.sum(x) > 0 else -x\n" + shape
+    module("import keras\n" + layer + START + "    x = Gate()(x)\n" + END)
+    with pytest.raises(RequestError, match=r"^--model=mine:build: .*symbolic.*bool") as caught:
+        custom.check_call("mine:build", inference_model(from_preset("default", {"model": "mine:build"}), SHAPE, 10))
+    assert "\n" not in str(caught.value)
+    assert "mine.py, line 4" in str(caught.value)
+
+
+def test_folder_of_a_job_that_never_began_is_free(module, run_here, tmp_path: Path) -> None:
+    module(START + END.replace("num_classes", "3"))
+    with pytest.raises(RequestError, match="expected one output"):
+        run_here(model="mine:build")
+    assert (tmp_path / "run" / "config.json").exists()
+    result = run_here(epochs=1, resume=False)
+    assert result["restarts"] == 0
+    with pytest.raises(RequestError, match="another configuration: model"):
+        run_here(epochs=1, model="mine:build")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import NAMES, idx_bytes, write_dataset
 
-from trainer import dataset
+from trainer import dataset, loading
 from trainer.errors import RequestError
 
 TRAIN_IMAGES, TRAIN_LABELS = NAMES["train"]
@@ -148,3 +148,17 @@ def test_split_of_a_class_with_one_example_is_refused(mnist: dataset.Dataset) ->
     labels[0] = 11
     with pytest.raises(RequestError, match=r"100 training examples cannot be split .* 11 classes"):
         dataset.split_validation(dataset.Examples(mnist.train.images[:100], labels), 0.1)
+
+
+def test_some_images_are_of_all_classes_where_these_lie_one_after_another() -> None:
+    images = np.repeat(np.arange(10, dtype=np.uint8), 50)[:, np.newaxis, np.newaxis, np.newaxis]
+    some = loading.some_images(dataset.Examples(images, images.ravel().astype(np.int32)), 32)
+    assert some.shape == (32, 1, 1, 1)
+    assert set(some.ravel()) == set(range(10))
+    assert len(loading.some_images(dataset.Examples(images[:3], np.zeros(3, np.int32)), 32)) == 3
+
+
+@pytest.mark.parametrize(("size", "advice"), [((5, 5), "give a larger --image_size"), ((28, 9), "give a larger --image_size")])
+def test_images_too_small_are_refused_by_the_name_of_the_data(size: tuple[int, int], advice: str) -> None:
+    with pytest.raises(RequestError, match=f"^embedded MNIST: images of {size[0]}x{size[1]} pixels; .*: {advice}$"):
+        dataset.load("", image_size=size)

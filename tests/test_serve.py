@@ -272,9 +272,9 @@ def test_wrong_request_is_told_in_one_line(kind: str, server: Server) -> None:
 
 
 def test_wrong_files_are_told_by_name(server: Server) -> None:
-    assert server.error("/api/predict", b"no picture") == (400, "the picture: no image: expected PNG or JPEG")
+    assert server.error("/api/predict", b"no picture") == (400, "the picture: no image: expected PNG, JPEG, GIF, WebP or BMP")
     body, kind = form([("a.png", png(np.eye(28) > 0)), ("b.png", b"no picture")])
-    assert server.error("/api/predict", body, Content_Type=kind) == (400, "b.png: no image: expected PNG or JPEG")
+    assert server.error("/api/predict", body, Content_Type=kind) == (400, "b.png: no image: expected PNG, JPEG, GIF, WebP or BMP")
     body, kind = form([])
     assert server.error("/api/predict", body, Content_Type=kind) == (400, "0 pictures given: a request takes 1 to 256")
     body, kind = form([("a.png", b"")] * 257)

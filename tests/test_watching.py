@@ -1,6 +1,7 @@
 """What a run leaves to look at: TensorBoard's pages, the report, the Prometheus endpoint, the profile."""
 
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -244,6 +245,7 @@ UNUSUAL = {
     "all wrong": predictions(20, 2, labels=np.ones(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
     "all alike": predictions(20, 4, probabilities=np.full([20, 4], 0.25, np.float32)),
     "markup": predictions(30, 2, class_names=("<b>&|", "$x_{$")),
+    "long names": predictions(300, 25, class_names=tuple(f"{'a very long name, number ' * 5}{index}" for index in range(25))),
     "letters that the font lacks": predictions(30, 2, class_names=("日本", "भारत")),
 }
 
@@ -266,10 +268,29 @@ def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -
     assert "<b>" not in page
 
 
+def test_long_names_keep_their_ends_and_do_not_overlap() -> None:
+    assert drawing.label("a short one") == "a short one"
+    assert drawing.label("abcdefghijklm", 9) == "abcd…jklm"
+    figure = figures.mistakes(UNUSUAL["long names"])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 32
+    assert not any(box.overlaps(other) for box, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(("share_right", "low"), [(0.99, 0.9), (0.5, 0.4), (0.0, 0.0)])
+def test_curves_begin_where_a_weak_model_is(share_right: float, low: float) -> None:
+    labels = np.arange(200, dtype=np.int32) % 2
+    said = np.where(np.arange(200) < 200 * share_right, labels, 1 - labels)
+    shown = predictions(200, 2, labels=labels, probabilities=np.eye(2, dtype=np.float32)[said])
+    for figure in (figures.precision_and_recall(shown), figures.roc(shown)):
+        assert figure.axes[0].get_ylim() == pytest.approx((low, 1.005))
+
+
 def test_pictures_stand_upright_in_rows() -> None:
     wide = np.full((10, 20, 60, 3), (0, 0, 255), np.uint8)
     wide[:, :10, :30] = 255, 0, 0
-    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(wide, ["above"] * 10)))).convert("RGB"), int)
+    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(wide, ["close\nabove"] * 10)))).convert("RGB"), int)
     red, blue = ((shown == colour).all(axis=2) for colour in ([255, 0, 0], [0, 0, 255]))
     # Eight columns and two rows of pictures whose upper left quarter is red.
     for row, column in np.ndindex(2, 8):
@@ -321,6 +342,18 @@ def test_curve_of_accuracy_ends_at_100_percent_and_shows_the_last_value() -> Non
     assert high == 100
     assert low <= 50
     assert loss.get_ylim()[1] < 2
+
+
+def test_curves_of_a_short_run_show_all_of_it() -> None:
+    losses = [2.5, 0.3, 0.2]
+    records = [{"epoch": i, "split": "train", "accuracy": 0.9, "loss": loss} for i, loss in enumerate(losses, start=1)]
+    records += [{"epoch": 3.0000001, "split": "validation", "accuracy": 0.9, "loss": 0.2}]
+    _, loss = report._curves(records).axes
+    low, high = loss.get_ylim()
+    assert low < min(losses) < max(losses) < high
+    left, right = loss.get_xlim()
+    assert left == 0
+    assert 3 < right < 4
 
 
 def test_texts_in_pictures_take_the_colour_of_the_page() -> None:

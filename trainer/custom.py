@@ -6,10 +6,14 @@ import traceback
 from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
 from trainer.config import Config
 from trainer.errors import RequestError
+from trainer.tracing import graph
 
+# Before what the layer itself has said: which one it was. Its line in the user's code says more.
+_SAID_BY_KERAS = ("Exception encountered when calling", "Could not automatically infer", "Error encountered:")
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
@@ -55,6 +59,23 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     return keras.Model(model.inputs[0], logits, name=model.name)
 
 
+def check_call(name: str, model: keras.Model) -> None:
+    """Checks that the model can be computed as a graph: Keras asks a layer that tells its shapes itself nothing more.
+
+    Args:
+        name: of the function that made it.
+        model: made outside of any strategy, to infer.
+
+    Raises:
+        RequestError: a layer fails.
+    """
+    images = model.inputs[0]
+    try:
+        graph(lambda batch: model(batch, training=False)).get_concrete_function(tf.TensorSpec(images.shape, images.dtype))
+    except Exception as error:  # Whatever a user's code may raise.
+        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+
+
 def _find(name: str) -> _Function:
     module_name, _, function_name = name.partition(":")
     try:
@@ -90,8 +111,9 @@ def _what_happened(error: Exception) -> str:
     """The error in one line, with the last place in the user's code."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     place = f"{own[-1].filename}, line {own[-1].lineno}: " if own and own[-1].filename != __file__ else ""
-    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{place}{type(error).__name__}: {re.sub(r'[^ -~]+', ' ', first_line)[:300]}"
+    lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
+    said = next((line for line in lines if not line.startswith(_SAID_BY_KERAS)), "")
+    return f"{place}{type(error).__name__}: {re.sub(r'[^ -~]+', ' ', said)[:300]}"
 
 
 def _check(name: str, model: keras.Model, input_shape: tuple[int, int, int], num_classes: int) -> None:

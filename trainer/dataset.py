@@ -115,7 +115,8 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
         train, test, names, sha256, kind, found = _load_collection(data_dir, image_size)
     if min(train.image_shape[:2]) < _MIN_SIDE:
         raise RequestError(
-            f"{data_dir}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give --image_size, or a larger one"
+            f"{data_dir or 'embedded MNIST'}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give a "
+            f"{'larger ' if image_size else ''}--image_size"
         )
     if train.image_shape != test.image_shape:
         raise RequestError(

@@ -24,8 +24,10 @@ STYLE: dict[Any, Any] = {
     "image.cmap": "gray", "figure.autolayout": False, "figure.constrained_layout.use": False,
 }  # fmt: skip
 BLUE, ORANGE = "#2f7ed8", "#e8743b"
-# Of pictures in rows, inches: a place, the longer side in it, and what a title of two lines takes above.
-_CELL, _PICTURE, _TITLE = 0.8, 0.7, 0.28
+# Of pictures in rows, inches: a place, the longer side in it, and what each line of a title takes above.
+_CELL, _PICTURE, _TITLE_LINE = 0.8, 0.7, 0.14
+# Fewer have no outliers: each is a good part of what there is to see.
+_FEW_POINTS = 20
 
 
 @mpl.rc_context(STYLE)
@@ -65,7 +67,8 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
         titles: one an image; a single one for none at all.
         columns: images a row.
     """
-    rows, row_height = max(1, math.ceil(len(images) / columns)), _CELL + (_TITLE if titles else 0)
+    title_lines = max((1 + title.count("\n") for title in titles), default=0)
+    rows, row_height = max(1, math.ceil(len(images) / columns)), _CELL + title_lines * _TITLE_LINE
     figure = Figure((columns * _CELL, rows * row_height))
     # In inches, from the upper left on. Axes for each picture would take most of the time of a report.
     axes = figure.add_axes((0, 0, 1, 1))
@@ -129,7 +132,7 @@ def _leave_out_outliers(axes: Axes) -> None:
     """Gives the vertical axis to what most points and the last ones have."""
     values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
     finite = np.concatenate([part[np.isfinite(part)] for part in values])
-    if len(finite):
+    if len(finite) >= _FEW_POINTS:
         kept = [*np.percentile(finite, [5, 95]), *(part[-1] for part in values if np.isfinite(part[-1]))]
         margin = 0.08 * (max(kept) - min(kept)) or 0.05 * abs(kept[0]) or 1.0
         axes.set_ylim(min(kept) - margin, max(kept) + margin)
@@ -142,6 +145,9 @@ def subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figu
     return figure, figure.subplots(rows, 1, squeeze=False, **options).ravel().tolist()
 
 
-def plain(name: str) -> str:
-    """The name as matplotlib draws it letter by letter: a dollar sign begins a formula otherwise."""
+def label(name: str, most: int = 24) -> str:
+    """The name as matplotlib draws it letter by letter, its middle left out if it is longer than so many characters."""
+    if len(name) > most:
+        name = f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"
+    # A dollar sign begins a formula otherwise.
     return name.replace("$", r"\$")

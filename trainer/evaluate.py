@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
         raise RequestError(f"--data_dir={data_dir}: images of {data.image_shape[2]} channels, the model takes {channels}")
     if unknown := [name for name in data.class_names if name not in model.class_names]:
         raise RequestError(
-            f"--data_dir={data_dir}: has the class {unknown[0]}, the model only {', '.join(model.class_names)[:200]}"
+            f"--data_dir={data_dir}: has the class {unknown[0]}, the model only "
+            + textwrap.shorten(", ".join(model.class_names), 200, placeholder=" ...")
         )
     labels_of = np.array([model.class_names.index(name) for name in data.class_names])
     predicted, known = [], []

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.calibration import CalibrationDisplay
 
-from trainer.drawing import BLUE, INK, STYLE, pictures, plain, subplots
+from trainer.drawing import BLUE, INK, STYLE, label, pictures, subplots
 
 # Drawing needs no TensorFlow, which predictions are made with.
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def confusion(predictions: Predictions) -> Figure:
     matrix = metrics.confusion_matrix(predictions.labels, predictions.predicted, labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
-    names = [plain(predictions.class_names[label]) for label in shown]
+    names = [label(predictions.class_names[index]) for index in shown]
     display = metrics.ConfusionMatrixDisplay(matrix, display_labels=names)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=len(shown) <= _MOST_CLASSES)
     display.im_.set_data(off_diagonal)
@@ -65,9 +65,11 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
-    names = [plain(name[:9]) for name in predictions.class_names]
+    names = [label(name, 9) for name in predictions.class_names]
+    # Two do not fit beside each other into the width of a picture.
+    arrow = " →\n" if max(map(len, names)) > 3 else " → "
     titles = [
-        f"{names[predictions.labels[index]]} → {names[predictions.predicted[index]]}\n{predictions.confidence[index]:.0%}"
+        f"{names[predictions.labels[index]]}{arrow}{names[predictions.predicted[index]]}\n{predictions.confidence[index]:.0%}"
         for index in wrong
     ]
     return pictures(predictions.images[wrong], titles or ["no mistakes"])
@@ -79,7 +81,7 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    bars = axes.barh([plain(predictions.class_names[label]) for label in shown], 100 * shares, color=BLUE)
+    bars = axes.barh([label(predictions.class_names[index]) for index in shown], 100 * shares, color=BLUE)
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -91,26 +93,26 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
 def precision_and_recall(predictions: Predictions) -> Figure:
     """One curve a class, against all others."""
 
-    def draw(label: int, axes: Axes) -> None:
+    def draw(index: int, axes: Axes) -> None:
         metrics.PrecisionRecallDisplay.from_predictions(
-            predictions.labels == label, predictions.probabilities[:, label], ax=axes, drop_intermediate=True,
-            name=plain(predictions.class_names[label]),
+            predictions.labels == index, predictions.probabilities[:, index], ax=axes, drop_intermediate=True,
+            name=label(predictions.class_names[index]),
         )  # fmt: skip
 
-    return _curves(predictions, draw, "recall", "precision", (0.9, 1.005), (0.9, 1.005))
+    return _curves(predictions, draw, "recall", "precision")
 
 
 @mpl.rc_context(STYLE)
 def roc(predictions: Predictions) -> Figure:
     """True against false positives, one curve a class, on a scale that shows what is near to none."""
 
-    def draw(label: int, axes: Axes) -> None:
+    def draw(index: int, axes: Axes) -> None:
         metrics.RocCurveDisplay.from_predictions(
-            predictions.labels == label, predictions.probabilities[:, label], ax=axes, name=plain(predictions.class_names[label])
+            predictions.labels == index, predictions.probabilities[:, index], ax=axes, name=label(predictions.class_names[index])
         )
 
-    figure = _curves(predictions, draw, "false positives", "true positives", (1e-4, 1), (0.9, 1.005))
-    figure.axes[0].set_xscale("log")
+    figure = _curves(predictions, draw, "false positives", "true positives")
+    figure.axes[0].set(xscale="log", xlim=(1e-4, 1))
     return figure
 
 
@@ -136,21 +138,19 @@ def calibration_error(predictions: Predictions) -> float:
     return float(sum(gaps) / len(right))
 
 
-def _curves(
-    predictions: Predictions,
-    draw: Callable[[int, Axes], None],
-    xlabel: str,
-    ylabel: str,
-    xlim: tuple[float, float],
-    ylim: tuple[float, float],
-) -> Figure:
+def _curves(predictions: Predictions, draw: Callable[[int, Axes], None], xlabel: str, ylabel: str) -> Figure:
+    """Curves of the worst classes, both axes from where their corners are: a good model's would hide in one otherwise."""
     figure, (axes,) = subplots(1, (6.4, 4.4))
-    for label in _worst_classes(predictions, _MOST_CURVES):
+    shown = _worst_classes(predictions, _MOST_CURVES)
+    for index in shown:
         # A curve needs examples that are of the class, and others.
-        if len(np.unique(predictions.labels == label)) == 2:
-            draw(label, axes)
+        if len(np.unique(predictions.labels == index)) == 2:
+            draw(index, axes)
     axes.set_aspect("auto")
-    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=xlim, ylim=ylim)
+    precision = metrics.precision_score(predictions.labels, predictions.predicted, labels=shown, average=None, zero_division=1)
+    worst = min(precision.min(), _recalls(predictions)[shown].min())
+    limits = (max(0.0, min(0.9, np.floor(10 * worst - 0.5) / 10)), 1.005)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=limits, ylim=limits)
     if axes.lines:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure

@@ -37,8 +37,7 @@ def draw(config: Config, model: keras.Model, predictions: Predictions, train_set
         train_set: for samples of what it was trained on.
     """
     drawn = figures.of_predictions(predictions)
-    images, _ = next(loading.batches(train_set))
-    samples = tf.constant(images[:_NUM_SAMPLES], tf.float32)
+    samples = tf.constant(loading.some_images(train_set, _NUM_SAMPLES), tf.float32)
     samples = augment(samples, tf.range(len(samples), dtype=tf.int64), config.augment, config.seed)
     drawn["augmented_input"] = drawing.pictures(np.clip(samples.numpy(), 0, 255))
     convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]

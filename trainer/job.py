@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, exchange, loading, machine, pipeline, precise_bn, preflight, service, steps, storage
+from trainer import claim, custom, exchange, loading, machine, pipeline, precise_bn, preflight, service, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
@@ -208,7 +208,10 @@ def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology)
             gradients=_gradients_kept(model) if config.histograms_every else (),
         )
     steps.make_copy_weights(state, topology.strategy)()
-    return state, inference_model(config, input_shape, num_classes)
+    plain = inference_model(config, input_shape, num_classes)
+    if config.is_custom_model:
+        custom.check_call(config.model, plain)
+    return state, plain
 
 
 def _gradients_kept(model: keras.Model) -> list[tf.Variable]:

@@ -90,6 +90,14 @@ def batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield part.images[start : start + _BATCH], part.labels[start : start + _BATCH]
 
 
+def some_images(part: Part, count: int) -> np.ndarray:
+    """At most so many of the images, uint8 [count, H, W, C], of all classes where they lie one class after another."""
+    if isinstance(part, Records):
+        # In an order of which each stretch has all.
+        return next(streaming.batches(part))[0][:count]
+    return part.images[np.linspace(0, len(part) - 1, min(count, len(part))).astype(int)]
+
+
 @contextlib.contextmanager
 def damage_told(dataset: Dataset, feed: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Tells where a damaged record is: TensorFlow names its offset, and not the file.

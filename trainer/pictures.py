@@ -70,7 +70,7 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise RequestError(f"{name}: no image: expected PNG or JPEG") from error
+        raise RequestError(f"{name}: no image: expected PNG, JPEG, GIF, WebP or BMP") from error
     except OSError as error:
         raise RequestError(f"{name}: cannot be read: {error.strerror or error}") from error
     except RequestError:
