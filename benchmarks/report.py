@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster import set_tensorflow_defaults
-
 _PACKAGES = ("tensorflow", "keras", "tf_keras", "torch", "jax", "flax")
 
 
@@ -40,8 +38,7 @@ class Section:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with what a job sets for TensorFlow: peers that use it are measured at their best, too."""
-    set_tensorflow_defaults(-1)
+    """This process's environment, which has what a job sets for TensorFlow."""
     return dict(os.environ)
 
 

@@ -158,7 +158,6 @@ def test_some_images_are_of_all_classes_where_these_lie_one_after_another() -> N
     assert len(loading.some_images(dataset.Examples(images[:3], np.zeros(3, np.int32)), 32)) == 3
 
 
-@pytest.mark.parametrize(("size", "advice"), [((5, 5), "give a larger --image_size"), ((28, 9), "give a larger --image_size")])
-def test_images_too_small_are_refused_by_the_name_of_the_data(size: tuple[int, int], advice: str) -> None:
-    with pytest.raises(RequestError, match=f"^embedded MNIST: images of {size[0]}x{size[1]} pixels; .*: {advice}$"):
-        dataset.load("", image_size=size)
+def test_images_that_were_made_too_small_are_refused_by_the_name_of_the_data() -> None:
+    with pytest.raises(RequestError, match=r"^embedded MNIST: images of 28x9 pixels; .*: give a larger --image_size$"):
+        dataset.load("", image_size=(28, 9))

@@ -271,6 +271,9 @@ def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -
 def test_long_names_keep_their_ends_and_do_not_overlap() -> None:
     assert drawing.label("a short one") == "a short one"
     assert drawing.label("abcdefghijklm", 9) == "abcd…jklm"
+    names = tuple(f"{'the same beginning ' * 3}{middle}{' and the same end' * 3}" for middle in ("one", "another", "third"))
+    by_class = figures.accuracy_by_class(predictions(30, 3, class_names=names)).axes[0]
+    assert len(by_class.patches) == len({bar.get_y() for bar in by_class.patches}) == len(by_class.get_yticklabels()) == 3
     figure = figures.mistakes(UNUSUAL["long names"])
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]

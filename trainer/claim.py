@@ -23,6 +23,8 @@ _RESULT = "result.json"
 def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) -> int:
     """Checks that `model_dir` holds this run or none, and returns how often the run was started before.
 
+    A folder whose run has never begun is free for another configuration.
+
     Raises:
         RequestError: it holds another run.
     """
@@ -31,15 +33,15 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
         if (model_dir / "checkpoints").exists():
             raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
         return 0
-    # Whoever ended before it got to a step, by a mistyped option say, has left nothing that the folder could be kept for.
-    begun = "starts" not in before or any("step" in start for start in before["starts"])
+    # Starts that have ended before they were set up, by a mistyped option say, left nothing that the folder could be kept for.
+    begun = "starts" not in before or any("step" in start or "ended" not in start for start in before["starts"])
     # The chief alone: on a worker the file may be what the chief has written just now.
     if not config.resume and is_chief and begun:
         raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
     options = {**config.result_fields(), "data_sha256": data_sha256}
     old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
     changed = [f"{name} {old.get(name, '(unknown)')} -> {value}" for name, value in options.items() if old.get(name) != value]
-    if changed and not begun:
+    if not begun and (changed or not config.resume):
         return 0
     if changed:
         difference = "; ".join(changed)
@@ -92,7 +94,7 @@ class Start:
                 "num_workers": topology.num_workers,
                 "devices": [device.name for device in tf.config.list_logical_devices()],
             },
-            "starts": [*before.get("starts", []), start],
+            "starts": [*(before.get("starts", []) if restarts else []), start],
         }
         storage.write_json(self._path, content)
         self._written = True

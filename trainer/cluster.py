@@ -64,8 +64,8 @@ def set_tensorflow_defaults(verbosity: int) -> None:
 
     - Its C++ log is silent unless `verbosity` (absl's: -1 warning, 0 info) asks for it.
     - It does not take all memory of a GPU, which another process of the user may need.
-    - It computes by oneDNN on every x86 CPU. By itself it does so only where there are AVX512-VNNI or later instructions
-      (`IsMKLEnabled` in its core/util/util.cc), and takes 1.4 to 2 times as long for a step where there is AVX2 only.
+    - It computes by oneDNN on every x86 CPU. By itself it does so only where there are instructions for neural networks
+      (VNNI and later: `DefaultOneDnnPolicy` in its core/util/port.cc), and a step takes 1.4 to 2 times as long where not.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbosity >= 0 else "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")

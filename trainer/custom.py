@@ -1,5 +1,6 @@
 """Models that users bring: `--model package.module:function`, checked before anything is spent on them."""
 
+import functools
 import importlib
 import re
 import traceback
@@ -12,8 +13,13 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.tracing import graph
 
-# Before what the layer itself has said: which one it was. Its line in the user's code says more.
-_SAID_BY_KERAS = ("Exception encountered when calling", "Could not automatically infer", "Error encountered:")
+# Around what a layer itself has said.
+_SAID_BY_KERAS = (
+    "Exception encountered when calling",
+    "Could not automatically infer",
+    "Error encountered:",
+    "Arguments received by",
+)
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
@@ -67,13 +73,17 @@ def check_call(name: str, model: keras.Model) -> None:
         model: made outside of any strategy, to infer.
 
     Raises:
-        RequestError: a layer fails.
+        RequestError: a layer fails, or gives another shape than it tells.
     """
-    images = model.inputs[0]
-    try:
-        graph(lambda batch: model(batch, training=False)).get_concrete_function(tf.TensorSpec(images.shape, images.dtype))
-    except Exception as error:  # Whatever a user's code may raise.
-        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+    images, logits = model.inputs[0], model.outputs[0]
+    for training in (False, True):
+        traced = graph(functools.partial(model, training=training))
+        try:
+            found = traced.get_concrete_function(tf.TensorSpec(images.shape, images.dtype)).structured_outputs.shape
+        except Exception as error:  # Whatever a user's code may raise.
+            raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+        if not found.is_compatible_with(logits.shape):
+            raise RequestError(f"--model={name}: says that it gives {tuple(logits.shape)}, and gives {tuple(found)}")
 
 
 def _find(name: str) -> _Function:
@@ -113,6 +123,9 @@ def _what_happened(error: Exception) -> str:
     place = f"{own[-1].filename}, line {own[-1].lineno}: " if own and own[-1].filename != __file__ else ""
     lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
     said = next((line for line in lines if not line.startswith(_SAID_BY_KERAS)), "")
+    # Which layer it was, where no line of the user's own says so.
+    called = re.search(r"(?<=Exception encountered when calling )\w+", str(error))
+    place = place or (f"{called.group()}: " if called else "")
     return f"{place}{type(error).__name__}: {re.sub(r'[^ -~]+', ' ', said)[:300]}"
 
 

@@ -123,9 +123,12 @@ def _look_at_data_service(config: Config) -> tuple[str, None]:
 
 
 def _look_at_model(config: Config, data: dataset.Dataset) -> tuple[str, None]:
+    from trainer import custom
     from trainer.models import inference_model
 
     model = inference_model(config, data.image_shape, data.num_classes)
+    if config.is_custom_model:
+        custom.check_call(config.model, model)
     return f"{config.model}: {model.count_params()} parameters", None
 
 

@@ -81,7 +81,9 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    bars = axes.barh([label(predictions.class_names[index]) for index in shown], 100 * shares, color=BLUE)
+    # By position: names that were cut may be the same.
+    names = [label(predictions.class_names[index]) for index in shown]
+    bars = axes.barh(np.arange(len(shown)), 100 * shares, color=BLUE, tick_label=names)
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -139,7 +141,7 @@ def calibration_error(predictions: Predictions) -> float:
 
 
 def _curves(predictions: Predictions, draw: Callable[[int, Axes], None], xlabel: str, ylabel: str) -> Figure:
-    """Curves of the worst classes, both axes from where their corners are: a good model's would hide in one otherwise."""
+    """Curves of the worst classes, on axes that begin where these are: a good model's would hide in a corner otherwise."""
     figure, (axes,) = subplots(1, (6.4, 4.4))
     shown = _worst_classes(predictions, _MOST_CURVES)
     for index in shown:
