@@ -32,9 +32,14 @@ WRONG = {
     "no such package": (None, "none.such:build", "there is no module none"),
     "no such function": (START + END, "mine:make", "has no function make"),
     "not a function": ("build = 3\n", "mine:build", "has no function build"),
-    "syntax error": ("def build(:\n", "mine:build", "SyntaxError"),
+    "syntax error": ("def build(:\n", "mine:build", "mine:build: SyntaxError"),
     "module that needs another": ("import no_such_library\n", "mine:build", "mine.py, line 1: ModuleNotFoundError"),
     "fails at import": ("1 / 0\n", "mine:build", "mine.py, line 1: ZeroDivisionError"),
+    "exits": (START + "    raise SystemExit(0)\n", "mine:build", "mine.py, line 6: SystemExit: 0"),
+    "argument without a default": (
+        "import keras\nclass L(keras.layers.Layer):\n    def call(self, x, y):\n        return x\n"
+        + START + "    x = L()(x)\n" + END,
+        "mine:build", "mine.py, line 10: TypeError: missing"),
     "fails": (START + "    1 / 0\n", "mine:build", "mine.py, line 6: ZeroDivisionError"),
     "takes other arguments": ("def build(shape):\n    pass\n", "mine:build", "TypeError"),
     "gives nothing": (START, "mine:build", "gives NoneType; expected a keras.Model"),
@@ -155,6 +160,7 @@ LATE = {
     "condition, shape told": ("x if keras.ops.sum(x) > 0 else -x", TELLS, "mine.py, line 4: .*symbolic.*bool"),
     "condition in training": ("-x if training and keras.ops.sum(x) > 0 else x", TELLS, "mine.py, line 4: .*symbolic.*bool"),
     "another shape than it tells": ("x[:, :3]", TELLS, r"says that it gives \(None, 10\), and gives \(None, 3\)"),
+    "key": ("{}[3]", TELLS, "mine.py, line 4: KeyError: 3"),
     "no word": ("1 / 0", TELLS, "mine.py, line 4: ZeroDivisionError: division by zero"),
 }
 
@@ -189,3 +195,22 @@ def test_folder_of_a_job_that_never_began_is_free(module, run_here, tmp_path: Pa
     assert len(json.loads(path.read_text())["starts"]) == 1
     with pytest.raises(RequestError, match="another configuration: model"):
         run_here(epochs=1, model="mine:build")
+
+
+@pytest.mark.parametrize("layers", ["Dense(20)", "Dense(30), keras.layers.Dense(30)"])
+def test_run_of_a_network_whose_code_has_changed_is_refused_and_kept(layers: str, module, run_here, tmp_path: Path) -> None:
+    def write(text: str) -> None:
+        network = f"    for layer in [keras.layers.{text}]:\n        x = layer(x)\n"
+        sys.modules.pop("mine", None)
+        module(START + network + END)
+
+    write("Dense(30)")
+    run_here(model="mine:build")
+    (tmp_path / "run" / "result.json").unlink()
+    before = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
+    write(layers)
+    with pytest.raises(RequestError, match="is of another network"):
+        run_here(model="mine:build")
+    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == before
+    write("Dense(30)")
+    assert run_here(model="mine:build")["restarts"] >= 1

@@ -171,6 +171,14 @@ def test_signals_within_a_second_are_one_request_and_the_state_is_saved(start_jo
     assert "stopped at step 1875 of 3750" in job.log.read_text()
 
 
+def test_signal_while_tensorflow_loads_is_acknowledged(start_job) -> None:
+    job = start_job()
+    stderr = Path(f"/proc/{job.process.pid}/fd/2")
+    job.wait_for(lambda: "trainer.task" in (stderr.parent.parent / "cmdline").read_text() and stderr.readlink() != job.log, "loading")
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for(lambda: "SIGTERM: saving the state" in job.log.read_text(), "the signal")
+
+
 def test_second_signal_ends_the_job_without_saving(start_job) -> None:
     job = start_job(**LONG_CALL)
     job.wait_for(lambda: (job.model_dir / "config.json").exists(), "config.json")

@@ -269,8 +269,8 @@ def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -
 
 
 def test_long_names_keep_their_ends_and_do_not_overlap() -> None:
-    assert drawing.label("a short one") == "a short one"
-    assert drawing.label("abcdefghijklm", 9) == "abcd…jklm"
+    assert drawing.labels(["a short one", "abcdefghijklmnopqrstuvwxyz"], 11) == ["a short one", "abcde…vwxyz"]
+    assert drawing.labels(["one and two", "one or two", "日本語日本語", "$"], 9) == ["on…o 0", "on…o 1", "日本…語", r"\$"]
     names = tuple(f"{'the same beginning ' * 3}{middle}{' and the same end' * 3}" for middle in ("one", "another", "third"))
     by_class = figures.accuracy_by_class(predictions(30, 3, class_names=names)).axes[0]
     assert len(by_class.patches) == len({bar.get_y() for bar in by_class.patches}) == len(by_class.get_yticklabels()) == 3

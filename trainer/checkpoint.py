@@ -18,7 +18,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer import storage
-from trainer.errors import Stopped
+from trainer.errors import RequestError, Stopped
 from trainer.steps import State
 from trainer.tracing import graph
 
@@ -91,6 +91,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole; says which ones are not. None if there has never been one.
 
         Raises:
+            RequestError: the newest that is whole has other variables than this job.
             Stopped: there are checkpoints, and all are damaged.
         """
         steps = self._steps("step")
@@ -103,6 +104,12 @@ class Checkpoints:
                 self._everything.read(str(path / "state")).assert_consumed()
             except _DAMAGE as error:
                 first_line = (str(error).splitlines() or [""])[0]
+                # The options are the run's own: what they name has become another network since.
+                if isinstance(error, AssertionError) or "incompatible tensor" in first_line:
+                    raise RequestError(
+                        f"checkpoint {path} is of another network ({first_line}): undo what has changed in the code of --model, "
+                        "or give another --model_dir"
+                    ) from error
                 _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, first_line)
                 continue
             return progress

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import sysconfig
 import traceback
 from collections.abc import Callable
 
@@ -110,22 +111,26 @@ def _call(function: _Function, config: Config, input_shape: tuple[int, int, int]
         model = function(input_shape, num_classes, config)
     except RequestError:
         raise
-    except Exception as error:  # Whatever a user's code may raise.
+    except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
         raise RequestError(f"--model={config.model}: {_what_happened(error)}") from error
     if not isinstance(model, keras.Model):
         raise RequestError(f"--model={config.model}: gives {type(model).__name__}; expected a keras.Model")
     return model
 
 
-def _what_happened(error: Exception) -> str:
+def _what_happened(error: BaseException) -> str:
     """The error in one line, with the last place in the user's code."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    place = f"{own[-1].filename}, line {own[-1].lineno}: " if own and own[-1].filename != __file__ else ""
-    lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
-    said = next((line for line in lines if not line.startswith(_SAID_BY_KERAS)), "")
+    libraries = ("<frozen ", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), __file__)
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
+    # As a text of its own, a KeyError's would be quoted.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r"\x1b\[\d*m", "", text)
+    said = next((line for line in text.splitlines() if line.strip() and not line.startswith(_SAID_BY_KERAS)), "")
+    if "as a Python `bool`" in said:
+        said = f"{said.split('. ')[0]}: keras.ops.where or keras.ops.cond can"
     # Which layer it was, where no line of the user's own says so.
-    called = re.search(r"(?<=Exception encountered when calling )\w+", str(error))
-    place = place or (f"{called.group()}: " if called else "")
+    called = re.search(r"(?<=Exception encountered when calling )\w+", text)
+    place = f"{own[-1].filename}, line {own[-1].lineno}: " if own else f"{called.group()}: " if called else ""
     return f"{place}{type(error).__name__}: {re.sub(r'[^ -~]+', ' ', said)[:300]}"
 
 

@@ -6,7 +6,9 @@ ground and the colour of its text to the page.
 
 import io
 import math
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -63,7 +65,7 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
     """Images in rows.
 
     Args:
-        images: [n, H, W, C], uint8 or float; C is 1 or 3.
+        images: [n, H, W, C], uint8 or float in [0, 255]; C is 1 or 3.
         titles: one an image; a single one for none at all.
         columns: images a row.
     """
@@ -79,7 +81,9 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
         image = image[..., 0] if image.shape[-1] == 1 else image.astype(np.uint8)
         # Wide ones below their title, not in the middle of their place.
         top = y - _PICTURE / 2
-        axes.imshow(image, extent=(x - right, x + right, top + 2 * down, top), aspect="auto", interpolation="nearest")
+        extent = (x - right, x + right, top + 2 * down, top)
+        # Not stretched to the range of each: how bright a picture is belongs to it.
+        axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest", vmin=0, vmax=255)
     for (x, y), title in zip(centers, titles, strict=False):
         axes.text(x, y - _CELL / 2, title, fontsize=7.5, horizontalalignment="center", verticalalignment="bottom")
     axes.set(xlim=(0, columns * _CELL), ylim=(rows * row_height, 0))
@@ -145,9 +149,16 @@ def subplots(rows: int, size: tuple[float, float], **options: Any) -> tuple[Figu
     return figure, figure.subplots(rows, 1, squeeze=False, **options).ravel().tolist()
 
 
-def label(name: str, most: int = 24) -> str:
-    """The name as matplotlib draws it letter by letter, its middle left out if it is longer than so many characters."""
-    if len(name) > most:
-        name = f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"
+def labels(names: Sequence[str], most: int = 24) -> list[str]:
+    """Names as matplotlib draws them letter by letter: the middle of long ones is left out, and what is then alike numbered."""
+    cut = [_cut(name, most) for name in names]
+    counts = Counter(cut)
+    cut = [f"{_cut(name, most // 2)} {index}" if counts[cut[index]] > 1 else cut[index] for index, name in enumerate(names)]
     # A dollar sign begins a formula otherwise.
-    return name.replace("$", r"\$")
+    return [name.replace("$", r"\$") for name in cut]
+
+
+def _cut(name: str, most: int) -> str:
+    # Letters of East Asia are twice as wide.
+    most = most // 2 if any(unicodedata.east_asian_width(letter) in "WF" for letter in name) else most
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"

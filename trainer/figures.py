@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.calibration import CalibrationDisplay
 
-from trainer.drawing import BLUE, INK, STYLE, label, pictures, subplots
+from trainer.drawing import BLUE, INK, STYLE, labels, pictures, subplots
 
 # Drawing needs no TensorFlow, which predictions are made with.
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def confusion(predictions: Predictions) -> Figure:
     matrix = metrics.confusion_matrix(predictions.labels, predictions.predicted, labels=shown)
     # The diagonal would outshine all mistakes.
     off_diagonal = np.where(np.eye(len(shown), dtype=bool), 0, matrix)
-    names = [label(predictions.class_names[index]) for index in shown]
+    names = _names(predictions, shown)
     display = metrics.ConfusionMatrixDisplay(matrix, display_labels=names)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=len(shown) <= _MOST_CLASSES)
     display.im_.set_data(off_diagonal)
@@ -65,7 +65,7 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
-    names = [label(name, 9) for name in predictions.class_names]
+    names = labels(predictions.class_names, 9)
     # Two do not fit beside each other into the width of a picture.
     arrow = " →\n" if max(map(len, names)) > 3 else " → "
     titles = [
@@ -81,9 +81,8 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
     shown = _worst_classes(predictions, _MOST_CLASSES)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
-    # By position: names that were cut may be the same.
-    names = [label(predictions.class_names[index]) for index in shown]
-    bars = axes.barh(np.arange(len(shown)), 100 * shares, color=BLUE, tick_label=names)
+    bars = axes.barh(_names(predictions, shown), 100 * shares, color=BLUE)
+    axes.set_title(_which(predictions, shown))
     axes.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(max(0.0, 100 * shares.min() - 5), 100 + 0.12 * min(100, 100 - 100 * shares.min() + 5))
@@ -95,10 +94,9 @@ def accuracy_by_class(predictions: Predictions) -> Figure:
 def precision_and_recall(predictions: Predictions) -> Figure:
     """One curve a class, against all others."""
 
-    def draw(index: int, axes: Axes) -> None:
+    def draw(index: int, name: str, axes: Axes) -> None:
         metrics.PrecisionRecallDisplay.from_predictions(
-            predictions.labels == index, predictions.probabilities[:, index], ax=axes, drop_intermediate=True,
-            name=label(predictions.class_names[index]),
+            predictions.labels == index, predictions.probabilities[:, index], ax=axes, drop_intermediate=True, name=name,
         )  # fmt: skip
 
     return _curves(predictions, draw, "recall", "precision")
@@ -108,9 +106,9 @@ def precision_and_recall(predictions: Predictions) -> Figure:
 def roc(predictions: Predictions) -> Figure:
     """True against false positives, one curve a class, on a scale that shows what is near to none."""
 
-    def draw(index: int, axes: Axes) -> None:
+    def draw(index: int, name: str, axes: Axes) -> None:
         metrics.RocCurveDisplay.from_predictions(
-            predictions.labels == index, predictions.probabilities[:, index], ax=axes, name=label(predictions.class_names[index])
+            predictions.labels == index, predictions.probabilities[:, index], ax=axes, name=name
         )
 
     figure = _curves(predictions, draw, "false positives", "true positives")
@@ -125,7 +123,7 @@ def calibration(predictions: Predictions) -> Figure:
     figure, (axes, below) = subplots(2, (5.0, 5.6), height_ratios=[3, 1])
     CalibrationDisplay.from_predictions(right, predictions.confidence, n_bins=_BINS, ax=axes, name="model", color=BLUE)
     axes.lines[0].set_color(INK)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
     below.hist(predictions.confidence, bins=50, log=True, color=BLUE)
     below.set(xlabel="confidence", ylabel="examples", xlim=axes.get_xlim())
@@ -140,14 +138,15 @@ def calibration_error(predictions: Predictions) -> float:
     return float(sum(gaps) / len(right))
 
 
-def _curves(predictions: Predictions, draw: Callable[[int, Axes], None], xlabel: str, ylabel: str) -> Figure:
+def _curves(predictions: Predictions, draw: Callable[[int, str, Axes], None], xlabel: str, ylabel: str) -> Figure:
     """Curves of the worst classes, on axes that begin where these are: a good model's would hide in a corner otherwise."""
     figure, (axes,) = subplots(1, (6.4, 4.4))
     shown = _worst_classes(predictions, _MOST_CURVES)
-    for index in shown:
+    for index, name in zip(shown, _names(predictions, shown), strict=True):
         # A curve needs examples that are of the class, and others.
         if len(np.unique(predictions.labels == index)) == 2:
-            draw(index, axes)
+            draw(index, name, axes)
+    axes.set_title(_which(predictions, shown))
     axes.set_aspect("auto")
     precision = metrics.precision_score(predictions.labels, predictions.predicted, labels=shown, average=None, zero_division=1)
     worst = min(precision.min(), _recalls(predictions)[shown].min())
@@ -169,6 +168,18 @@ def _recalls(predictions: Predictions) -> np.ndarray:
 def _worst_classes(predictions: Predictions, most: int) -> np.ndarray:
     """All classes or, of many, those with the smallest share of right answers; in their own order."""
     return np.sort(np.argsort(_recalls(predictions), kind="stable")[:most])
+
+
+def _names(predictions: Predictions, shown: np.ndarray) -> list[str]:
+    """Of these classes, to be drawn."""
+    names = labels(predictions.class_names)
+    return [names[index] for index in shown]
+
+
+def _which(predictions: Predictions, shown: np.ndarray) -> str:
+    """Says of some classes which they are; nothing of all."""
+    of_all = predictions.probabilities.shape[1]
+    return "" if len(shown) == of_all else f"the {len(shown)} of {of_all} classes that are recognised least"
 
 
 def _turn_long(axes: Axes, names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 from trainer.errors import EXIT_STOPPED
 
@@ -44,6 +45,8 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # The real one: while TensorFlow is loaded, stderr is set aside.
+    stderr = os.fdopen(os.dup(2), "w")
     stop.listening = True
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
@@ -52,26 +55,27 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
         name = signal.Signals(os.read(reader, 1)[0]).name
         stop.set(name)
         seconds = grace_period()
-        say(f"{name}: saving the state, then stopping (at most {seconds:g} s)")
+        say(f"{name}: saving the state, then stopping (at most {seconds:g} s)", stderr)
         together = min(ONE_REQUEST_SECS, seconds)
         time.sleep(together)
         while select.select([reader], [], [], 0)[0]:
             os.read(reader, 1)
         if select.select([reader], [], [], seconds - together)[0]:
-            end_now(f"a second signal: stopped without saving after {name}")
-        end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s")
+            end_now(f"a second signal: stopped without saving after {name}", stderr)
+        end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s", stderr)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def say(text: str) -> None:
+def say(text: str, stderr: TextIO | None = None) -> None:
     """One line on stderr, whole, from any thread."""
-    sys.stderr.write(f"digitfleet: {text}\n")
-    sys.stderr.flush()
+    stderr = stderr or sys.stderr
+    stderr.write(f"digitfleet: {text}\n")
+    stderr.flush()
 
 
-def end_now(reason: str) -> None:
+def end_now(reason: str, stderr: TextIO | None = None) -> None:
     """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
-    say(f"{reason}; the same command goes on from the last checkpoint")
+    say(f"{reason}; the same command goes on from the last checkpoint", stderr)
     sys.stdout.flush()
     os._exit(EXIT_STOPPED)
