@@ -173,8 +173,10 @@ def test_signals_within_a_second_are_one_request_and_the_state_is_saved(start_jo
 
 def test_signal_while_tensorflow_loads_is_acknowledged(start_job) -> None:
     job = start_job()
-    stderr = Path(f"/proc/{job.process.pid}/fd/2")
-    job.wait_for(lambda: "trainer.task" in (stderr.parent.parent / "cmdline").read_text() and stderr.readlink() != job.log, "loading")
+    process = Path(f"/proc/{job.process.pid}")
+    started = (process / "fd" / "2").readlink()
+    assert started == job.log
+    job.wait_for(lambda: (process / "fd" / "2").readlink() != started, "loading")
     job.process.send_signal(signal.SIGTERM)
     job.wait_for(lambda: "SIGTERM: saving the state" in job.log.read_text(), "the signal")
 
