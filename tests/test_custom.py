@@ -35,6 +35,7 @@ WRONG = {
     "syntax error": ("def build(:\n", "mine:build", "mine:build: SyntaxError"),
     "module that needs another": ("import no_such_library\n", "mine:build", "mine.py, line 1: ModuleNotFoundError"),
     "fails at import": ("1 / 0\n", "mine:build", "mine.py, line 1: ZeroDivisionError"),
+    "exits at import": ("raise SystemExit(0)\n", "mine:build", "mine.py, line 1: SystemExit: 0"),
     "exits": (START + "    raise SystemExit(0)\n", "mine:build", "mine.py, line 6: SystemExit: 0"),
     "argument without a default": (
         "import keras\nclass L(keras.layers.Layer):\n    def call(self, x, y):\n        return x\n"
@@ -67,6 +68,8 @@ WRONG = {
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Writes the module `mine`."""
+    # A text of the same length within a second would be taken for the one before.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
 
@@ -161,6 +164,7 @@ LATE = {
     "condition in training": ("-x if training and keras.ops.sum(x) > 0 else x", TELLS, "mine.py, line 4: .*symbolic.*bool"),
     "another shape than it tells": ("x[:, :3]", TELLS, r"says that it gives \(None, 10\), and gives \(None, 3\)"),
     "key": ("{}[3]", TELLS, "mine.py, line 4: KeyError: 3"),
+    "exit": ("exit(0)", TELLS, "mine.py, line 4: SystemExit: 0"),
     "no word": ("1 / 0", TELLS, "mine.py, line 4: ZeroDivisionError: division by zero"),
 }
 
@@ -213,4 +217,18 @@ def test_run_of_a_network_whose_code_has_changed_is_refused_and_kept(layers: str
         run_here(model="mine:build")
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == before
     write("Dense(30)")
-    assert run_here(model="mine:build")["restarts"] >= 1
+    run_here(model="mine:build")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["starts"][-1]["step"] > 0
+
+
+@pytest.mark.e2e
+def test_changed_network_is_known_on_several_replicas(module, start_job, tmp_path: Path) -> None:
+    options = {"model": "mine:build", "strategy": "mirrored", "num_devices": 2}
+    network = "    x = keras.layers.Dense({})(x)\n"
+    module(START + network.format(30) + END)
+    start_job({"PYTHONPATH": str(tmp_path)}, **options).finish()
+    (tmp_path / "run" / "result.json").unlink()
+    module(START + network.format(2000) + END)
+    job = start_job({"PYTHONPATH": str(tmp_path)}, **options)
+    assert job.wait() == 2
+    assert "is of another network" in job.log.read_text().splitlines()[-1]

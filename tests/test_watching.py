@@ -290,6 +290,17 @@ def test_curves_begin_where_a_weak_model_is(share_right: float, low: float) -> N
         assert figure.axes[0].get_ylim() == pytest.approx((low, 1.005))
 
 
+def test_charts_of_the_worst_classes_say_so() -> None:
+    for of_all in (figures.accuracy_by_class, figures.roc):
+        assert "classes that are recognised least" in of_all(predictions(300, 25)).axes[0].get_title()
+        assert not of_all(predictions(30, 3)).axes[0].get_title()
+
+
+def test_grey_pictures_keep_their_brightness() -> None:
+    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(np.full((1, 9, 9, 1), 100, np.uint8))))).convert("L"))
+    assert (shown == 100).mean() > 0.05
+
+
 def test_pictures_stand_upright_in_rows() -> None:
     wide = np.full((10, 20, 60, 3), (0, 0, 255), np.uint8)
     wide[:, :10, :30] = 255, 0, 0
@@ -356,7 +367,7 @@ def test_curves_of_a_short_run_show_all_of_it() -> None:
     assert low < min(losses) < max(losses) < high
     left, right = loss.get_xlim()
     assert left == 0
-    assert 3 < right < 4
+    assert right == pytest.approx(1.02 * 3.0000001)
 
 
 def test_texts_in_pictures_take_the_colour_of_the_page() -> None:

@@ -26,6 +26,9 @@ _log = logging.getLogger("digitfleet")
 # What TensorFlow and JSON raise for files that are cut, changed or missing.
 _DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
 
+# Of TensorFlow's variables, and of Keras's on several replicas.
+_OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
+
 
 @dataclasses.dataclass
 class Progress:
@@ -105,10 +108,10 @@ class Checkpoints:
             except _DAMAGE as error:
                 first_line = (str(error).splitlines() or [""])[0]
                 # The options are the run's own: what they name has become another network since.
-                if isinstance(error, AssertionError) or "incompatible tensor" in first_line:
+                if isinstance(error, AssertionError) or any(words in first_line for words in _OTHER_SHAPE):
                     raise RequestError(
-                        f"checkpoint {path} is of another network ({first_line}): undo what has changed in the code of --model, "
-                        "or give another --model_dir"
+                        f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
+                        "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
                 _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, first_line)
                 continue

@@ -21,6 +21,8 @@ _SAID_BY_KERAS = (
     "Error encountered:",
     "Arguments received by",
 )
+# Where no code of the user's is.
+_LIBRARIES = re.compile(rf"^<frozen |/(site|dist)-packages/|^{re.escape(sysconfig.get_path('stdlib'))}/|^{re.escape(__file__)}$")
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
@@ -50,7 +52,7 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     _check(config.model, model, input_shape, num_classes)
     try:
         model.get_config()
-    except Exception as error:  # Before training, not when model.keras is written after it.
+    except (Exception, SystemExit) as error:  # Before training, not when model.keras is written after it.
         raise RequestError(f"--model={config.model}: cannot be saved: {_what_happened(error)}") from error
     if {id(variable) for variable in model.variables} & {id(variable) for variable in again.variables}:
         raise RequestError(
@@ -81,7 +83,7 @@ def check_call(name: str, model: keras.Model) -> None:
         traced = graph(functools.partial(model, training=training))
         try:
             found = traced.get_concrete_function(tf.TensorSpec(images.shape, images.dtype)).structured_outputs.shape
-        except Exception as error:  # Whatever a user's code may raise.
+        except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
             raise RequestError(f"--model={name}: {_what_happened(error)}") from error
         if not found.is_compatible_with(logits.shape):
             raise RequestError(f"--model={name}: says that it gives {tuple(logits.shape)}, and gives {tuple(found)}")
@@ -97,7 +99,7 @@ def _find(name: str) -> _Function:
                 f"--model={name}: there is no module {error.name}: run from the folder that holds it, or add that to PYTHONPATH"
             ) from error
         raise RequestError(f"--model={name}: {_what_happened(error)}") from error
-    except Exception as error:  # Whatever a user's code may raise.
+    except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
         raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -120,8 +122,7 @@ def _call(function: _Function, config: Config, input_shape: tuple[int, int, int]
 
 def _what_happened(error: BaseException) -> str:
     """The error in one line, with the last place in the user's code."""
-    libraries = ("<frozen ", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), __file__)
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _LIBRARIES.search(frame.filename)]
     # As a text of its own, a KeyError's would be quoted.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r"\x1b\[\d*m", "", text)

@@ -85,7 +85,7 @@ def _curves(records: list[Record]) -> Figure:
     }
     drawn = {title: found for title, found in panels.items() if found}
     figure = drawing.lines(drawn, "epoch", list(panels)[:4])
-    figure.axes[-1].set_xlim(0, 1.02 * max(record["epoch"] for record in records))
+    figure.axes[-1].set_xlim(0, 1.02 * max(record["epoch"] for record in records) or None)
     for title, axes in zip(drawn, figure.axes, strict=True):
         if "%" in title:
             drawing.end_at(axes, 100)

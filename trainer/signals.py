@@ -42,11 +42,14 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     The first signal asks for a stop; a second one, or the end of the grace period (seconds), ends the process at once with 75.
     Signals within a second are one: `timeout`, for one, sends its signal to the process and to its group.
     """
+    # The real one: while TensorFlow is loaded, stderr is set aside. There is none after `2>&-`.
+    try:
+        stderr = os.fdopen(os.dup(2), "w")
+    except OSError:
+        stderr = open(os.devnull, "w")  # noqa: SIM115
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # The real one: while TensorFlow is loaded, stderr is set aside.
-    stderr = os.fdopen(os.dup(2), "w")
     stop.listening = True
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
