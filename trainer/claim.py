@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import platform
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import __version__, storage
+from trainer import __version__, custom, storage
 from trainer.config import Config
 from trainer.errors import JobError, RequestError
 from trainer.topology import Topology
 
+_log = logging.getLogger("digitfleet")
 _CONFIG = "config.json"
 _RESULT = "result.json"
 
@@ -46,6 +48,10 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
     if changed:
         difference = "; ".join(changed)
         raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {difference}: give another folder")
+    for name, value in versions(config).items():
+        old = before.get("versions", {}).get(name, value)
+        if old != value:
+            _log.info("note: this run began with %s %s, and goes on with %s: no other run has its weights", name, old, value)
     return int(before["restarts"]) + 1
 
 
@@ -59,9 +65,11 @@ def finish(model_dir: Path, result: dict[str, Any]) -> None:
     storage.write_json(model_dir / _RESULT, result)
 
 
-def versions() -> dict[str, str]:
+def versions(config: Config) -> dict[str, str]:
     """What the weights depend on beside the configuration."""
+    model = {"model": custom.version(config.model)} if config.is_custom_model else {}
     return {
+        **model,
         "digitfleet": __version__,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
@@ -87,7 +95,7 @@ class Start:
             "config": dataclasses.asdict(config),
             "data_sha256": data_sha256,
             "restarts": restarts,
-            "versions": versions(),
+            "versions": versions(config),
             "topology": {
                 "strategy": topology.name,
                 "num_replicas": topology.num_replicas,

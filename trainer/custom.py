@@ -1,11 +1,13 @@
 """Models that users bring: `--model package.module:function`, checked before anything is spent on them."""
 
 import functools
-import importlib
+import hashlib
+import importlib.util
 import re
 import sysconfig
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 import tensorflow as tf
@@ -66,6 +68,17 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     if keras.backend.standardize_dtype(logits.dtype) not in ("float32", "float64"):
         logits = keras.layers.Activation("linear", dtype="float32", name="logits_in_float32")(logits)
     return keras.Model(model.inputs[0], logits, name=model.name)
+
+
+def version(name: str) -> str:
+    """The code of a user's network, as a hash of its module's file; empty where there is none."""
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except (Exception, SystemExit):  # Whatever a user's code may raise: told when the network is made.
+        return ""
+    if not (found and found.has_location and found.origin):
+        return ""
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
 
 
 def check_call(name: str, model: keras.Model) -> None:

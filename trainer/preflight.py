@@ -23,9 +23,8 @@ def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop
     """
     model_dir = Path(config.model_dir)
     cluster = ranks.with_addresses(cluster, model_dir, config.rendezvous_timeout, stop)
-    versions = claim.versions()
     identity = {
-        **{name: versions[name] for name in ("digitfleet", "tensorflow", "keras")},
+        **{name: version for name, version in claim.versions(config).items() if name not in ("numpy", "python")},
         "data_sha256": data_sha256,
         "devices": f"{layout.num_devices} {layout.kind}",
         **{f"--{name}": value for name, value in config.shared_fields().items()},

@@ -54,6 +54,18 @@ def test_workers_with_other_data_are_refused(start_job, tiny_data: Path, tmp_pat
     assert "data_sha256" in jobs[0].log.read_text()
 
 
+def test_workers_with_other_code_of_the_model_are_refused(start_job, tmp_path: Path) -> None:
+    environments = tf_configs([f"127.0.0.1:{port}" for port in free_ports(2)])
+    code = (ROOT / "examples" / "resnet.py").read_text()
+    for index, environment in enumerate(environments):
+        (tmp_path / f"code-{index}").mkdir()
+        (tmp_path / f"code-{index}" / "mine.py").write_text(code + f"# {index}\n")
+        environment["PYTHONPATH"] = str(tmp_path / f"code-{index}")
+    jobs = [start_job(environment, model="mine:build") for environment in environments]
+    assert codes(jobs) == [2, 2]
+    assert re.search(r"model \w{12}, here \w{12}", jobs[0].log.read_text())
+
+
 def test_wrong_port_is_found(start_job) -> None:
     first, second, wrong = (f"127.0.0.1:{port}" for port in free_ports(3))
     jobs = [start_job(tf_configs([first, wrong])[0]), start_job(tf_configs([first, second])[1])]
