@@ -92,6 +92,16 @@ def test_augmentation_depends_on_position_alone_and_stays_small(kind: str) -> No
     np.testing.assert_allclose(mass / images[0].sum(), 1, atol={"shift": 0.0, "affine": 0.25, "elastic": 0.8}[kind])
 
 
+def test_elastic_displacements_are_exact_in_whatever_order_they_are_added() -> None:
+    positions = tf.range(300, dtype=tf.int64)
+    controls = 2 * augmentation.uniform(positions, 50, 0, augmentation._ELASTIC_STREAM).numpy().astype(np.float64) - 1
+    controls = np.round(3 * 2**18 * controls).reshape(-1, 2, 5, 5).astype(np.int64)
+    rows, columns = (np.round(2**16 * augmentation._splines(size).numpy()).astype(np.int64) for size in (28, 20))
+    # In whole numbers nothing is rounded at all.
+    expected = np.einsum("yi,bdij,xj->bdyx", rows, controls, columns) / 2**50
+    np.testing.assert_array_equal(augmentation._displacements(positions, (28, 20), 0), expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
 def test_augmentation_of_an_image_does_not_depend_on_the_rest_of_its_batch(kind: str) -> None:
     images = tf.random.stateless_uniform([64, 28, 20, 1], (0, 0), maxval=255)

@@ -55,17 +55,21 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
 
 
 def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int) -> tf.Tensor:
-    """Smooth random displacements in (x, y), float32 [b, 2, H, W] in pixels: cubic B-splines over random control points."""
-    controls = 2 * uniform(positions, 2 * _GRID * _GRID, seed, _ELASTIC_STREAM) - 1
-    controls = _MAX_DISPLACEMENT_PIXELS * tf.reshape(controls, [-1, 2, _GRID, _GRID])
-    return tf.einsum("yi,bdij,xj->bdyx", _splines(size[0]), controls, _splines(size[1]))
+    """Smooth random displacements in (x, y), float32 [b, 2, H, W] in pixels: cubic B-splines over random control points.
+
+    Matrix products add in an order that depends on the size of the batch and on the CPU. Their factors are multiples of 2^-18
+    and 2^-16 below 4 and 1, so that all of their sums have less than the 53 bits of float64, and every order gives the same.
+    """
+    controls = tf.cast(2 * uniform(positions, 2 * _GRID * _GRID, seed, _ELASTIC_STREAM) - 1, tf.float64)
+    controls = tf.round(_MAX_DISPLACEMENT_PIXELS * 2**18 * tf.reshape(controls, [-1, 2, _GRID, _GRID])) / 2**18
+    return tf.cast(tf.einsum("yi,bdij,xj->bdyx", _splines(size[0]), controls, _splines(size[1])), tf.float32)
 
 
 def _splines(size: int) -> tf.Tensor:
-    """Cubic B-splines about `_GRID` points spread over `size` pixels: float32 [size, _GRID]."""
+    """Cubic B-splines about `_GRID` points spread over `size` pixels: multiples of 2^-16, float64 [size, _GRID]."""
     distance = np.abs(np.arange(size)[:, np.newaxis] * (_GRID - 1) / max(size - 1, 1) - np.arange(_GRID))
     near, far = 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6
-    return tf.constant(np.where(distance < 1, near, far), tf.float32)
+    return tf.constant(np.round(2**16 * np.where(distance < 1, near, far)) / 2**16, tf.float64)
 
 
 @compiled  # In few passes over memory: ImageProjectiveTransformV3, which knows no displacements, takes twice as long.
