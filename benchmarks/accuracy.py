@@ -115,8 +115,8 @@ def describe(results: dict[str, list[Run]]) -> Section:
         title=f"Time to {TARGET:.1%} test accuracy",
         text=(
             f"{table(headings, rows)}\n\n`fast` is there {ratio}. The recipe is stopped after {_MOST_EPOCHS} epochs if it has "
-            "not got there. It trains in float32 on 48,000 images and validates on 12,000 after each epoch; `fast` trains in "
-            "bfloat16 on all 60,000 and looks at nothing before the end."
+            "not got there. It trains in float32 on 48,000 images and validates on 12,000 after each epoch; `fast` trains on "
+            "all 60,000, in bfloat16 where the machine has instructions for it, and looks at nothing before the end."
         ),
         figures={name: [vars(run) for run in runs] for name, runs in results.items()} | {"ratios": ratios},
         commands=[as_typed(ours(0, "DIR")), as_typed(recipe(0))],

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cluster, dataset, job
+from trainer import cluster, dataset, job, machine
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.plan import Plan, make_plan
@@ -35,6 +35,7 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     data = dataset.load_for(config)
     workers = cluster.from_environment()
     configure_tensorflow(config)
+    config = machine.with_precision(config, None)
     layout = choose_layout(config, workers)
     plan = make_plan(config, len(data.train), layout.num_replicas)
     topology = make_topology(config, layout, workers)

@@ -14,6 +14,7 @@ from trainer import machine
 from trainer.errors import RequestError
 from trainer.machine import Finding
 from trainer.peers import Peer
+from trainer.presets import from_preset
 
 A100 = {"device_name": "NVIDIA A100", "compute_capability": (8, 0)}
 V100 = {"device_name": "Tesla V100", "compute_capability": (7, 0)}
@@ -115,6 +116,24 @@ def test_precision_is_compared_with_what_the_hardware_computes_fast(
     finding = machine.check_precision(precision, gpus, flags)
     assert finding.status == status
     assert bool(finding.mend) == (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "begun_with", "precision"),
+    [
+        ([], {"avx512_bf16"}, None, "mixed_bfloat16"), ([], {"avx2"}, None, "float32"),
+        ([A100, A100], {"avx2"}, None, "mixed_bfloat16"), ([A100, V100], {"avx512_bf16"}, None, "float32"),
+        ([], {"avx2"}, "mixed_bfloat16", "mixed_bfloat16"), ([A100], set(), "float32", "float32"),
+    ],
+)  # fmt: skip
+def test_precision_auto_is_what_the_hardware_computes_fast_or_what_the_run_began_with(
+    gpus: list[dict], flags: set[str], begun_with: str | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_gpus", lambda: gpus)
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: flags)
+    assert machine.with_precision(from_preset("fast", {}), begun_with).precision == precision
+    # What a user asks for stays.
+    assert machine.with_precision(from_preset("fast", {"precision": "float64"}), begun_with).precision == "float64"
 
 
 def test_small_shared_memory_is_noted_where_nccl_needs_it() -> None:

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 
-from trainer import dataset, evaluate
+from trainer import dataset, evaluate, machine
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
 from trainer.signals import StopRequest
@@ -256,6 +256,18 @@ def test_folder_of_another_configuration_is_refused_with_the_difference(change: 
     ((name, value),) = change.items()
     with pytest.raises(RequestError, match=f"another configuration: {name} .* -> {value}"):
         run_here(**{"epochs": 1, **change})
+
+
+def test_run_of_precision_auto_goes_on_in_the_format_that_it_began_with(
+    run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: True)
+    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
+    (tmp_path / "run" / "result.json").unlink()
+    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: False)
+    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
+    assert run_here(epochs=1, precision="auto", model_dir=str(tmp_path / "other"))["precision"] == "float32"
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["config"]["precision"] == "float32"
 
 
 def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, tmp_path: Path) -> None:

@@ -196,11 +196,13 @@ def test_networks_are_those_of_their_descriptions(preset: str, parameters: int, 
 
 
 def test_options_change_the_network() -> None:
-    config = from_preset("fast", {"pooling": "global_average", "activation": "gelu", "dropout_rate": 0.0, "model": "bn_cnn"})
+    options = {"model": "bn_cnn", "precision": "float32"}
+    config = from_preset("fast", {**options, "pooling": "global_average", "activation": "gelu", "dropout_rate": 0.0})
     model = training_model(config, (20, 24, 1), 26, synchronized=False)
     names = [type(layer).__name__ for layer in model.layers]
     assert "GlobalAveragePooling2D" in names
     assert "Dropout" not in names
     assert {layer.activation.__name__ for layer in model.layers if isinstance(layer, keras.layers.Activation)} == {"gelu"}
-    average = training_model(from_preset("fast", {"pooling": "average"}), (28, 28, 1), 10, synchronized=False)
+    config = from_preset("fast", {**options, "pooling": "average"})
+    average = training_model(config, (28, 28, 1), 10, synchronized=False)
     assert sum(isinstance(layer, keras.layers.AveragePooling2D) for layer in average.layers) == 2

@@ -35,8 +35,7 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
         if (model_dir / "checkpoints").exists():
             raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
         return 0
-    # Starts that have ended before they were set up, by a mistyped option say, left nothing that the folder could be kept for.
-    begun = "starts" not in before or any("step" in start or "ended" not in start for start in before["starts"])
+    begun = _has_begun(before)
     # The chief alone: on a worker the file may be what the chief has written just now.
     if not config.resume and is_chief and begun:
         raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
@@ -53,6 +52,17 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
         if old != value:
             _log.info("note: this run began with %s %s, and goes on with %s: no other run has its weights", name, old, value)
     return int(before["restarts"]) + 1
+
+
+def _has_begun(content: dict[str, Any]) -> bool:
+    """Starts that have ended before they were set up, by a mistyped option say, left nothing that the folder is kept for."""
+    return "starts" not in content or any("step" in start or "ended" not in start for start in content["starts"])
+
+
+def precision(model_dir: Path) -> str | None:
+    """The number format of the run that `model_dir` holds, if it holds one."""
+    before = storage.read_json(model_dir / _CONFIG)
+    return before.get("config", {}).get("precision") if before and _has_begun(before) else None
 
 
 def finished(model_dir: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.errors import RequestError
 from trainer.options import check_field, option, parse_size
 
-PRECISIONS = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
+PRECISIONS = ("float32", "float64", "mixed_float16", "mixed_bfloat16", "auto")
 MODELS = ("bn_cnn", "cnn", "fast_cnn", "deep_cnn")
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
@@ -150,7 +150,8 @@ class Config:
     )
     precision: str = option(
         "float32",
-        "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling.",
+        "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling. auto: "
+        "mixed_bfloat16 where the GPUs or the CPU have instructions for it, else float32; a run keeps what it began with.",
         choices=PRECISIONS,
     )
     jit_compile: bool = option(

@@ -57,10 +57,11 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
     model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
     data = report.check("data", lambda: _look_at_data(config))
     with cli.quiet_start():
-        from trainer import machine
+        from trainer import claim, machine
         from trainer.topology import choose_layout, configure_tensorflow
 
     configure_tensorflow(config)
+    config = machine.with_precision(config, claim.precision(model_dir) if model_dir else None)
     for finding in machine.inspect(config, len(cluster.visible_gpus())):
         report.add(**dataclasses.asdict(finding))
     if workers is None or data is None:

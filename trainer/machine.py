@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import platform
 import resource
 import shutil
@@ -17,6 +18,7 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.peers import Peer
 
+_log = logging.getLogger("digitfleet")
 # NVIDIA's documentation of NCCL asks for as much ("Sharing data", docker run --shm-size=1g).
 _NCCL_SHM_BYTES = 2**30
 _GIB = 2**30
@@ -51,12 +53,11 @@ def inspect(config: Config, num_gpus: int) -> list[Finding]:
         config: what the job asks for.
         num_gpus: GPUs that this process may use, whether TensorFlow finds them or not.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    gpus = _gpus()
     return [
-        check_versions(details),
+        check_versions(gpus),
         check_devices(usable=len(gpus), existing=num_gpus),
-        check_precision(config.precision, details, _cpu_flags()),
+        check_precision(config.precision, gpus, _cpu_flags()),
         check_shared_memory(len(gpus), _free_shared_memory()),
     ]
 
@@ -139,6 +140,21 @@ def check_precision(precision: str, gpus: list[dict[str, Any]], cpu_flags: set[s
     return Finding("precision", "ok", precision)
 
 
+def with_precision(config: Config, begun_with: str | None) -> Config:
+    """The configuration with a number format in place of `--precision=auto`.
+
+    Args:
+        config: what the job asks for.
+        begun_with: the format of the run that goes on, if there is one: it may have begun on other hardware.
+    """
+    if config.precision != "auto":
+        return config
+    found = begun_with or ("mixed_bfloat16" if computes_in_bfloat16() else "float32")
+    reason = "as this run began" if begun_with else "what this hardware computes fast in"
+    _log.info("--precision=auto: %s, %s", found, reason)
+    return dataclasses.replace(config, precision=found)
+
+
 def check_shared_memory(num_gpus: int, free_bytes: int | None) -> Finding:
     """Whether NCCL has what it exchanges data through; containers have 64 MiB unless told."""
     if free_bytes is None:
@@ -159,8 +175,12 @@ def check_clocks(peers: Sequence[Peer]) -> Finding:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether this machine has instructions for bfloat16: a GPU that TensorFlow can use, or its processor."""
-    return bool(tf.config.list_physical_devices("GPU") or _cpu_flags() & _BFLOAT16_FLAGS)
+    """Whether this machine has instructions for bfloat16: all GPUs that TensorFlow can use or, without any, its processor."""
+    return check_precision("mixed_bfloat16", _gpus(), _cpu_flags()).status == "ok"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    return [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
 
 
 def _cpu_flags() -> set[str]:

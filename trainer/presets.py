@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "model": "fast_cnn",
         "epochs": 2.0,
-        "precision": "mixed_bfloat16",
+        "precision": "auto",
         "augment": "none",
         "dropout_rate": 0.2,
         "validation_fraction": 0.0,
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width_multiplier": 2.0,
         "epochs": 40.0,
         "label_smoothing": 0.05,
-        "precision": "mixed_bfloat16",
+        "precision": "auto",
         "validation_fraction": 0.0,
     },
     "article": _ARTICLE,
