@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import drawing, figures, report, storage
+from trainer import drawing, figures, pages, report, storage
 from trainer.config import Config
 from trainer.dashboard import Dashboard
 from trainer.errors import RequestError, Stopped
@@ -127,6 +127,18 @@ def test_report_needs_nothing_but_itself(finished: Path) -> None:
     assert f"{100 * accuracy:.2f} %" in page
     assert f"{100 * accuracy:.2f} %" in (finished / "report.md").read_text()
     assert "waits for input" in page
+
+
+def test_names_in_the_markdown_report_stay_text() -> None:
+    names = ["a|b", "*<b>*", "_x_y_", "[1](2)"]
+    values = {
+        "name": "#1",
+        "result": Mock(test_accuracy=None, validation_accuracy=None, epochs=1, train_seconds=1, images_per_second=1),
+    }
+    values |= {"split": "test", "calibration_error": 0, "verdict": "", "starts": [], "options": [], "environment": {}}
+    text = pages.render("report.md", {**values, "mistakes": [(0, name, "", 1) for name in names]})
+    assert text.startswith("# \\#1\n")
+    assert re.findall(r"^\| 0 \| (.*) \|  \| 100", text, re.M) == [r"a\|b", r"\*\<b\>\*", r"\_x_y\_", r"\[1\](2)"]
 
 
 def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
@@ -291,7 +303,7 @@ def test_curves_begin_where_a_weak_model_is(share_right: float, low: float) -> N
 
 
 def test_charts_of_the_worst_classes_say_so() -> None:
-    for of_all in (figures.accuracy_by_class, figures.roc):
+    for of_all in (figures.accuracy_by_class, figures.roc, figures.confusion):
         assert "classes that are recognised least" in of_all(predictions(300, 25)).axes[0].get_title()
         assert not of_all(predictions(30, 3)).axes[0].get_title()
 

@@ -56,6 +56,7 @@ def confusion(predictions: Predictions) -> Figure:
     _turn_long(axes, names)
     left_out = len(predictions.labels) - matrix.sum()
     note = f"\n{left_out} are left out: of other classes, or taken for one" if left_out else ""
+    axes.set_title(_which(predictions, shown))
     figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only{note}", fontsize=9)
     return figure
 

@@ -1,5 +1,6 @@
 """Pages and texts from the files of `templates/`."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,5 +16,10 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters["cell"] = _cell
     return environment.get_template(template).render(values)
+
+
+def _cell(value: Any) -> str:
+    """A value as plain text within a line of Markdown; an underscore inside a word means nothing there."""
+    return re.sub(r"[\\`*\[\]<>|#]|\b_|_\b", r"\\\g<0>", " ".join(str(value).split()))
