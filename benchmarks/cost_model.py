@@ -146,7 +146,7 @@ def measure(quick: bool, progress: Progress) -> Section:
         ProgramError: what it needs is not there.
     """
     if not importlib.util.find_spec("matplotlib"):
-        raise ProgramError("the chart needs matplotlib: pip install '.[bench]'")
+        raise ProgramError("the chart needs matplotlib: pip install -e '.[bench]'")
     if os.geteuid() or not shutil.which("tc"):
         raise ProgramError("limited links need root and iproute2: leave this section out with --only")
     task = [*scaling.TASK, "--precision=float32"]

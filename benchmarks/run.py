@@ -5,7 +5,7 @@
     python -m benchmarks.run --output results --only throughput,accuracy
 
 What is compared runs in one session and takes turns, each program in a process of its own, so that a machine whose speed drifts
-does not decide. Frameworks that are not installed are named as such: pip install '.[bench]'.
+does not decide. Frameworks that are not installed are named as such: pip install -e '.[bench]'.
 """
 
 import argparse
