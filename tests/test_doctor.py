@@ -108,6 +108,7 @@ def test_gpu_that_tensorflow_cannot_use_is_a_failure_with_its_mend() -> None:
         ("mixed_float16", [A100, P100], set(), "note"), ("mixed_bfloat16", [A100], set(), "ok"),
         ("mixed_bfloat16", [V100], set(), "note"), ("mixed_bfloat16", [], {"avx512_bf16"}, "ok"),
         ("mixed_bfloat16", [], {"avx2"}, "note"), ("mixed_float16", [], {"avx512_bf16"}, "note"),
+        ("mixed_bfloat16", [], {"asimd", "bf16"}, "note"),
     ],
 )  # fmt: skip
 def test_precision_is_compared_with_what_the_hardware_computes_fast(

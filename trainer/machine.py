@@ -23,7 +23,9 @@ _log = logging.getLogger("digitfleet")
 _NCCL_SHM_BYTES = 2**30
 _GIB = 2**30
 _MOST_SKEW_SECS = 5.0
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+# Of x86: elsewhere TensorFlow 2.21 computes bfloat16 without oneDNN, whatever instructions there are (its function
+# IsDataTypeSupportedByOneDNNOnThisCPU).
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,8 @@ def check_precision(precision: str, gpus: list[dict[str, Any]], cpu_flags: set[s
     if not gpus and precision == "mixed_float16":
         return Finding("precision", "note", "--precision=mixed_float16 is slow on CPUs", "use float32 or mixed_bfloat16")
     if not gpus and precision == "mixed_bfloat16" and not cpu_flags & _BFLOAT16_FLAGS:
-        return Finding("precision", "note", "--precision=mixed_bfloat16: this CPU has no bfloat16 instructions", "use float32")
+        text = "--precision=mixed_bfloat16: this CPU has no bfloat16 instructions that TensorFlow uses"
+        return Finding("precision", "note", text, "use float32")
     return Finding("precision", "ok", precision)
 
 
