@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, arguments, free_ports, tf_configs
 
-from trainer import machine
+from trainer import machine, preflight
 from trainer.errors import RequestError
 from trainer.machine import Finding
 from trainer.peers import Peer
 from trainer.presets import from_preset
+from trainer.signals import StopRequest
+from trainer.sources import Cluster
+from trainer.topology import Layout
 
 A100 = {"device_name": "NVIDIA A100", "compute_capability": (8, 0)}
 V100 = {"device_name": "Tesla V100", "compute_capability": (7, 0)}
@@ -83,6 +87,21 @@ def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:
         assert "all 2 workers have met" in output
         assert "clocks" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_of_unlike_hardware_are_told_to_name_a_precision(tmp_path: Path) -> None:
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    layout = Layout(name="multi_worker", reason="", kind="CPU", num_devices=1, num_workers=2)
+
+    def meet(index: int) -> None:
+        options = {"precision": ("float32", "mixed_bfloat16")[index], "model_dir": str(tmp_path), "rendezvous_timeout": 60.0}
+        with preflight.met(from_preset("fast", options), "", Cluster("TF_CONFIG", workers, index), layout, StopRequest()):
+            pass
+
+    with ThreadPoolExecutor(2) as pool:
+        for meeting in [pool.submit(meet, index) for index in range(2)]:
+            with pytest.raises(RequestError, match=r"--precision \(auto goes by the hardware: name one\) \w+, here \w+;"):
+                meeting.result(120)
 
 
 def test_missing_peer_is_found(tiny_data: Path, tmp_path: Path) -> None:

@@ -270,6 +270,32 @@ def test_run_of_precision_auto_goes_on_in_the_format_that_it_began_with(
     assert json.loads((tmp_path / "other" / "config.json").read_text())["config"]["precision"] == "float32"
 
 
+@pytest.mark.parametrize("content", ["hello", "", "[]", '{"config": []}', '{"architectures": ["Bert"]}'])
+def test_folder_with_somebody_elses_config_is_refused_and_left_alone(content: str, run_here, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "config.json"
+    path.write_text(content)
+    with pytest.raises(RequestError, match=r"has a config.json that is no run's: give another folder"):
+        run_here(epochs=1, precision="auto")
+    assert path.read_text() == content
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(RequestError, match=r"checkpoints without a readable config.json"):
+        run_here(epochs=1, precision="auto")
+
+
+@pytest.mark.parametrize("recorded", ["auto", ["float32"]])
+def test_recorded_precision_that_is_none_is_another_configuration(recorded: object, run_here, tmp_path: Path) -> None:
+    run_here(epochs=1)
+    path = tmp_path / "run" / "config.json"
+    before = json.loads(path.read_text())
+    before["config"]["precision"] = recorded
+    path.write_text(json.dumps(before))
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(RequestError, match=r"configuration: precision .* -> (float32|mixed_bfloat16): give another"):
+        run_here(epochs=1, precision="auto")
+    assert json.loads(path.read_text()) == before
+
+
 def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, tmp_path: Path) -> None:
     run_here(epochs=1)
     (tmp_path / "run" / "result.json").unlink()

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import __version__, custom, storage
-from trainer.config import Config
+from trainer.config import PRECISIONS, Config
 from trainer.errors import JobError, RequestError
 from trainer.topology import Topology
 
@@ -30,17 +30,19 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
     Raises:
         RequestError: it holds another run.
     """
-    before = storage.read_json(model_dir / _CONFIG)
+    before = _read(model_dir)
     if not before:
         if (model_dir / "checkpoints").exists():
             raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
+        if (model_dir / _CONFIG).exists():
+            raise RequestError(f"--model_dir={model_dir} has a config.json that is no run's: give another folder")
         return 0
     begun = _has_begun(before)
     # The chief alone: on a worker the file may be what the chief has written just now.
     if not config.resume and is_chief and begun:
         raise RequestError(f"--noresume: {model_dir} holds a run already: give another --model_dir, or remove it")
     options = {**config.result_fields(), "data_sha256": data_sha256}
-    old = {**before.get("config", {}), "data_sha256": before.get("data_sha256")}
+    old = {**before["config"], "data_sha256": before.get("data_sha256")}
     changed = [f"{name} {old.get(name, '(unknown)')} -> {value}" for name, value in options.items() if old.get(name) != value]
     if not begun and (changed or not config.resume):
         return 0
@@ -54,15 +56,22 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
     return int(before["restarts"]) + 1
 
 
+def _read(model_dir: Path) -> dict[str, Any] | None:
+    """The content of config.json, or None if there is none or it is no run's."""
+    content = storage.read_json(model_dir / _CONFIG)
+    return content if content and isinstance(content.get("config"), dict) else None
+
+
 def _has_begun(content: dict[str, Any]) -> bool:
     """Starts that have ended before they were set up, by a mistyped option say, left nothing that the folder is kept for."""
     return "starts" not in content or any("step" in start or "ended" not in start for start in content["starts"])
 
 
 def precision(model_dir: Path) -> str | None:
-    """The number format of the run that `model_dir` holds, if it holds one."""
-    before = storage.read_json(model_dir / _CONFIG)
-    return before.get("config", {}).get("precision") if before and _has_begun(before) else None
+    """The number format of the run that `model_dir` holds, if it holds one; what is none is `check`'s to tell."""
+    before = _read(model_dir)
+    found = before["config"].get("precision") if before and _has_begun(before) else None
+    return found if found in PRECISIONS and found != "auto" else None
 
 
 def finished(model_dir: Path) -> dict[str, Any] | None:

@@ -148,6 +148,8 @@ def _look_at_run(model_dir: Path, config: Config, data: dataset.Dataset, workers
     if model_dir.exists():
         with storage.exclusive(model_dir, needed=workers.is_chief):
             pass
+    if claim.finished(model_dir):
+        return f"the run in {model_dir} has finished: its result stands", restarts
     return f"goes on with the run in {model_dir}" if restarts else f"{model_dir} holds no run yet", restarts
 
 

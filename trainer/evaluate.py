@@ -33,8 +33,8 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
 
         model = exported.load(model_dir)
     if data_dir is None:
-        run = storage.read_json(Path(model_dir) / "config.json") or {}
-        data_dir = str(run.get("config", {}).get("data_dir", ""))
+        options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
+        data_dir = str(options.get("data_dir", "")) if isinstance(options, dict) else ""
     height, width, channels = model.input_shape
     data = dataset.load(data_dir, image_size=(height, width))
     if data.image_shape != model.input_shape:

@@ -138,8 +138,8 @@ def check_precision(precision: str, gpus: list[dict[str, Any]], cpu_flags: set[s
     if not gpus and precision == "mixed_float16":
         return Finding("precision", "note", "--precision=mixed_float16 is slow on CPUs", "use float32 or mixed_bfloat16")
     if not gpus and precision == "mixed_bfloat16" and not cpu_flags & _BFLOAT16_FLAGS:
-        text = "--precision=mixed_bfloat16: this CPU has no bfloat16 instructions that TensorFlow uses"
-        return Finding("precision", "note", text, "use float32")
+        text = "--precision=mixed_bfloat16 takes ten times as long: this CPU has no instructions for it that TensorFlow uses"
+        return Finding("precision", "note", text, "use float32, for which a run that has begun needs another folder")
     return Finding("precision", "ok", precision)
 
 

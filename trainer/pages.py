@@ -22,4 +22,4 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     """A value as plain text within a line of Markdown; an underscore inside a word means nothing there."""
-    return re.sub(r"[\\`*\[\]<>|#]|\b_|_\b", r"\\\g<0>", " ".join(str(value).split()))
+    return re.sub(r"[\\`*\[\]<>|#$]|\b_|_\b", r"\\\g<0>", " ".join(str(value).split()))

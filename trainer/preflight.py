@@ -12,6 +12,9 @@ from trainer.sources import Cluster
 from trainer.topology import Layout
 from trainer.watch import Watch
 
+# Where the name alone would leave a user who has started all workers alike at a loss.
+_SAID = {"precision": "--precision (auto goes by the hardware: name one)"}
+
 
 @contextlib.contextmanager
 def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop: StopRequest) -> Iterator[tuple[Cluster, Watch]]:
@@ -27,7 +30,7 @@ def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop
         **{name: version for name, version in claim.versions(config).items() if name not in ("numpy", "python")},
         "data_sha256": data_sha256,
         "devices": f"{layout.num_devices} {layout.kind}",
-        **{f"--{name}": value for name, value in config.shared_fields().items()},
+        **{_SAID.get(name, f"--{name}"): value for name, value in config.shared_fields().items()},
     }
     token = secrets.token_hex(8)
     if cluster.is_chief and len(cluster.workers) > 1:

@@ -62,5 +62,5 @@ class StepTimes:
         elif unknown:
             advice = ""
         else:
-            advice = "Input keeps up; what is left to gain is in the network, --precision, --jit_compile and --global_batch_size."
+            advice = "Input keeps up; the rest is up to the network, --precision=auto, --jit_compile and --global_batch_size."
         return f"{text} {advice}".strip()

@@ -69,7 +69,7 @@ class Container:
         """Sends a signal to process 1, as a kubelet does."""
         subprocess.run([*self._runc, "kill", self.name, name], check=True)
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
@@ -148,7 +148,7 @@ def test_stopped_container_saves_and_a_second_one_goes_on(place: Place) -> None:
     # The first word after compilation: steps of 20 come soon after one another then.
     first.wait_for("train  ")
     first.signal("TERM")
-    assert first.finish(60) == 75, first.log.read_text()
+    assert first.finish(300) == 75, first.log.read_text()
     assert "stopped at step" in first.log.read_text()
     assert not (place.data / "runs/first/result.json").exists()
     second = place.start(*flags)

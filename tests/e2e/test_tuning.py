@@ -39,7 +39,7 @@ class Tuning:
         return self.processes[-1]
 
     def finish(self, process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         return output
 
@@ -86,7 +86,7 @@ def tuning(tmp_path: Path, tiny_data: Path):
             process.stdout.close()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, f"ended before {what}: {process.stdout.read()}"
@@ -149,7 +149,7 @@ def test_trial_goes_on_after_its_own_end_and_the_searchs_and_one_that_is_worse_e
     os.kill(trial, signal.SIGKILL)
     wait_for(lambda: " going on from step " in log(tuning, 0), process, "second attempt")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert "trial    0  ended by SIGKILL: started again" in output
     assert re.search(r"SIGTERM: 0 of 2 trials are finished; go on with: python -m trainer\.tune --study_dir=", output)

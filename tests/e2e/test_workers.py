@@ -28,7 +28,7 @@ cli.run("trainer.task", task.main)
 """
 
 
-def codes(jobs: list[Job], seconds: float = 120) -> list[int]:
+def codes(jobs: list[Job], seconds: float = 300) -> list[int]:
     return [job.wait(seconds) for job in jobs]
 
 
