@@ -40,7 +40,7 @@ def make_compute_statistics(
     # As much at once as training takes.
     batch = config.global_batch_size // config.gradient_accumulation_steps
     num_steps = -(-min(config.precise_bn_examples, len(examples)) // batch)
-    _log.info("batch normalisation: %d layers get the statistics of %d training images", len(layers), num_steps * batch)
+    _log.info("batch normalisation: %d layers get the statistics of %d x %d training images", len(layers), num_steps, batch)
     # Not from data workers, who prepare the steps of training.
     train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
 
