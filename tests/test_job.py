@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 
-from trainer import dataset, evaluate, machine
-from trainer.errors import DivergedError, RequestError, Stopped
+from trainer import dataset, evaluate
+from trainer.errors import DivergedError, Stopped
 from trainer.export import weights_sha256
 from trainer.signals import StopRequest
 
@@ -245,82 +245,6 @@ def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, tmp_path: P
         (path / "state.index").write_bytes(b"nothing")
     with pytest.raises(Stopped, match="every checkpoint"):
         run_here()
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"width_multiplier": 0.5}, {"global_batch_size": 64}, {"epochs": 3}, {"precision": "mixed_bfloat16"}]
-)
-def test_folder_of_another_configuration_is_refused_with_the_difference(change: dict, run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    (tmp_path / "run" / "result.json").unlink()
-    ((name, value),) = change.items()
-    with pytest.raises(RequestError, match=f"another configuration: {name} .* -> {value}"):
-        run_here(**{"epochs": 1, **change})
-
-
-def test_run_of_precision_auto_goes_on_in_the_format_that_it_began_with(
-    run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: True)
-    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
-    (tmp_path / "run" / "result.json").unlink()
-    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: False)
-    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
-    assert run_here(epochs=1, precision="auto", model_dir=str(tmp_path / "other"))["precision"] == "float32"
-    assert json.loads((tmp_path / "other" / "config.json").read_text())["config"]["precision"] == "float32"
-
-
-@pytest.mark.parametrize("content", ["hello", "", "[]", '{"config": []}', '{"architectures": ["Bert"]}'])
-def test_folder_with_somebody_elses_config_is_refused_and_left_alone(content: str, run_here, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "config.json"
-    path.write_text(content)
-    with pytest.raises(RequestError, match=r"has a config.json that is no run's: give another folder"):
-        run_here(epochs=1, precision="auto")
-    assert path.read_text() == content
-    (tmp_path / "run" / "checkpoints").mkdir()
-    with pytest.raises(RequestError, match=r"checkpoints without a readable config.json"):
-        run_here(epochs=1, precision="auto")
-
-
-@pytest.mark.parametrize("recorded", ["auto", ["float32"]])
-def test_recorded_precision_that_is_none_is_another_configuration(recorded: object, run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    path = tmp_path / "run" / "config.json"
-    before = json.loads(path.read_text())
-    before["config"]["precision"] = recorded
-    path.write_text(json.dumps(before))
-    (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(RequestError, match=r"configuration: precision .* -> (float32|mixed_bfloat16): give another"):
-        run_here(epochs=1, precision="auto")
-    assert json.loads(path.read_text()) == before
-
-
-def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    (tmp_path / "run" / "result.json").unlink()
-    path = tmp_path / "run" / "config.json"
-    before = json.loads(path.read_text())
-    del before["config"]["width_multiplier"]
-    path.write_text(json.dumps(before))
-    with pytest.raises(RequestError, match=r"width_multiplier \(unknown\) -> 1.0"):
-        run_here(epochs=1)
-
-
-def test_folder_of_other_data_is_refused(run_here, tmp_path: Path, tiny_data: Path) -> None:
-    run_here(epochs=1)
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in tiny_data.iterdir():
-        (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
-    with pytest.raises(RequestError, match="data_sha256"):
-        run_here(epochs=1, data_dir=str(other))
-
-
-def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, tmp_path: Path) -> None:
-    run_here(epochs=1, resume=False)
-    with pytest.raises(RequestError, match="--noresume"):
-        run_here(epochs=1, resume=False)
 
 
 def test_early_stopping_uses_the_best_weights(run_here, tmp_path: Path) -> None:
