@@ -108,3 +108,10 @@ def test_epochs_end_where_their_last_example_is_read() -> None:
     assert ends == [11, 21, 31] == [plan.epoch_end(epoch) for epoch in (1, 2, 3)]
     assert plan.total_steps == 31
     assert [plan.next_epoch_end(step) for step in (0, 10, 11, 20, 21)] == [11, 11, 21, 21, 31]
+
+
+def test_nothing_tunes_a_pipeline(examples: Part) -> None:
+    """Whoever drops an iterator would wait for the thread that tunes it."""
+    context = tf.distribute.InputContext(1, 0, 1)
+    for make in (pipeline.train_dataset_fn(examples, 4, 0, 0), pipeline.eval_dataset_fn(examples, 4)):
+        assert make(context).options().autotune.enabled is False

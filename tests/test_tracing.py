@@ -1,4 +1,4 @@
-"""Graphs are traced without AutoGraph, wherever a job makes one."""
+"""Graphs are traced without AutoGraph, wherever a job makes one, and its input is not destroyed at its end."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def noted(entity, context):
     return convert(entity, context)
 api._convert_actual = noted
 task_flags.define(flags.FLAGS)
-cli.run("trainer.task", task.main)
+cli.run("trainer.task", task.main, at_once=True)
 """
 
 
@@ -35,3 +35,31 @@ def test_job_converts_nothing_of_ours(data: str, more: dict, request: pytest.Fix
     # TensorFlow's own, which show that it is seen.
     assert any("saved_model" in line for line in converted)
     assert not [line for line in converted if line.startswith("converted trainer.")]
+
+
+def test_input_of_a_job_outlives_it(tiny_data: Path, tmp_path: Path) -> None:
+    """TensorFlow waits up to a minute where it destroys an iterator, so the process is ended with all of them alive."""
+    script = """if True:
+        import weakref
+        from absl import flags
+        from trainer import cli, task
+        from trainer import flags as task_flags
+        with cli.quiet_start():
+            from trainer import job
+        run, kept = job.run, []
+        def noted(*arguments):
+            *arguments, keep = arguments
+            return run(*arguments, lambda work: (kept.append(weakref.ref(work.iterator)), keep(work)))
+        job.run = noted
+        def main(positional):
+            task.main(positional)
+            (iterator,) = kept
+            print("alive" if iterator() else "destroyed")
+        task_flags.define(flags.FLAGS)
+        cli.run("trainer.task", main, at_once=True)
+    """
+    options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path, "max_steps": 1}
+    command = [sys.executable, "-c", script, *arguments(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "alive"

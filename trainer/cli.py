@@ -29,7 +29,7 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
         program: its name, for messages.
         main: the program.
         at_once: ends the process without Python's and TensorFlow's own end. TensorFlow 2.21 waits there for threads of input
-            pipelines, once in a while for ever (seen in ~UnboundedThreadPool, below the destructor of MultiDeviceIterator).
+            pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
     """
     app.define_help_flags()
     try:

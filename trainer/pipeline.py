@@ -16,7 +16,7 @@ from trainer.dataset import Examples, Part
 from trainer.randomness import shuffled
 from trainer.records import Records
 from trainer.streaming import Share
-from trainer.tracing import without_autograph
+from trainer.tracing import untuned, without_autograph
 
 _SHUFFLE_STREAM = 0
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
@@ -49,7 +49,7 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         return _positions(context, global_batch_size, first_step).map(
             gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        ).prefetch(4)  # fmt: skip
+        ).prefetch(4).apply(untuned)  # fmt: skip
 
     return dataset_fn
 
@@ -72,7 +72,7 @@ def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
 
     @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return _positions(context, global_batch_size, 0).map(gather).prefetch(2)
+        return _positions(context, global_batch_size, 0).map(gather).prefetch(2).apply(untuned)
 
     return dataset_fn
 
@@ -116,7 +116,8 @@ def _batches(
     if finish:
         finished = finished.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     # As `_positions` says: endless, and tf.distribute is to know it.
-    return finished.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(4)
+    endless = finished.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    return endless.prefetch(4).apply(untuned)
 
 
 def _share(context: tf.distribute.InputContext, global_batch_size: int) -> Share:

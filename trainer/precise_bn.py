@@ -19,7 +19,7 @@ import tensorflow as tf
 from trainer import pipeline
 from trainer.config import Config
 from trainer.dataset import Examples, Part
-from trainer.tracing import add_up, graph, without_autograph
+from trainer.tracing import add_up, graph, untuned, without_autograph
 
 _log = logging.getLogger("digitfleet")
 StatisticsLoop = Callable[[Iterator, tf.Tensor], None]
@@ -51,7 +51,7 @@ def make_compute_statistics(
         if isinstance(examples, Examples):
             # Only these images, not all that are in memory for training a second time.
             batches = tf.data.Dataset.from_tensor_slices(np.stack(list(batches.as_numpy_iterator())))
-        return batches.repeat()
+        return batches.repeat().apply(untuned)
 
     iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
     statistics_loop = _make_statistics_loop(

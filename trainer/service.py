@@ -21,6 +21,7 @@ from trainer import streaming
 from trainer.errors import RequestError, Stopped
 from trainer.records import Records
 from trainer.streaming import Share
+from trainer.tracing import untuned
 
 _SCHEME = "grpc://"
 _CONNECT_SECS, _RETRY_SECS = 10.0, 0.2
@@ -77,7 +78,7 @@ def train_batches(records: Records, share: Share, first_step: int, seed: int, ad
             # Of this process alone: one that is started again begins at another step.
             job_name=uuid.uuid4().hex,
         )
-    )
+    ).apply(untuned)
 
     def in_order() -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
         waiting: dict[int, tuple[tf.Tensor, tf.Tensor, tf.Tensor]] = {}

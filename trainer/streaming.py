@@ -20,7 +20,7 @@ from trainer.errors import RequestError
 from trainer.images import scaled
 from trainer.order import Epoch, Order
 from trainer.records import COUNT, FRAME_BYTES, IMAGE_KEY, LABEL_KEY, OFFSET, SHARD, Records
-from trainer.tracing import without_autograph
+from trainer.tracing import untuned, without_autograph
 
 # What is read ahead in one go: so much of the files, and no more records than that.
 _CHUNK_BYTES = 8 * 2**20
@@ -138,7 +138,7 @@ class _Reader:
             deterministic=True,
         )  # fmt: skip
         # One chunk: the batch is as large as there are records in it.
-        content = found.batch(tf.size(unique, tf.int64)).get_single_element()
+        content = found.batch(tf.size(unique, tf.int64)).apply(untuned).get_single_element()
         return tf.gather(content, tf.searchsorted(unique, places))
 
     def _run(self, shard: tf.Tensor, offset: tf.Tensor, skipped: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
@@ -187,7 +187,7 @@ def _decoded(records: Records) -> tf.data.Dataset:
     """Batches of `_BATCH` examples in their order, without end: see `eval_records`."""
     decode = decoder(records)
     dataset = eval_records(records, Share(0, _BATCH, _BATCH)).rebatch(_BATCH, drop_remainder=True)
-    return dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
+    return dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE).prefetch(2).apply(untuned)
 
 
 def batches(records: Records) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -278,7 +278,7 @@ def _whole_records(file: str, offset: int, at_most: int) -> int:
     # Within a function: as the source of a pipeline of its own, TensorFlow 2.21 cannot write the op into a graph.
     start = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64))
     found = start.flat_map(lambda first: _records_from(tf.constant(file), first, _VERIFY_BUFFER_BYTES)).take(at_most)
-    return int(found.ignore_errors().reduce(np.int64(0), lambda count, _: count + 1))
+    return int(found.ignore_errors().apply(untuned).reduce(np.int64(0), lambda count, _: count + 1))
 
 
 def _next_record(content: tf.io.gfile.GFile, offset: int) -> int | None:

@@ -11,6 +11,9 @@ from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import Stopped
 
+# What outlives `main`, until the process is ended at once: TensorFlow waits where it destroys it; see `tracing.untuned`.
+_KEPT: list[object] = []
+
 
 def main(positional: list[str]) -> None:
     """Runs the job that the flags ask for."""
@@ -26,10 +29,9 @@ def main(positional: list[str]) -> None:
     with cli.quiet_start():
         from trainer import job
 
-    kept: list[object] = []
     try:
         with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
-            result = job.run(config, data, workers, stop, kept.append)
+            result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
         raise Stopped(f"{error}; go on with: {_command(config)}") from error
     if workers.is_chief:

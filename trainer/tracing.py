@@ -1,4 +1,4 @@
-"""TensorFlow graphs of Python functions as they are written.
+"""TensorFlow graphs of Python functions as they are written, and input pipelines that nothing tunes.
 
 AutoGraph, which TensorFlow uses by default, rewrites the loops and conditions of a function and of all that it calls: a fifth of
 the CPU time of a short job. Nothing here needs it. The conditions of a network's layers were never rewritten, as Keras stands
@@ -13,6 +13,18 @@ import tensorflow as tf
 # Decorators: of a function to trace, and of the outermost one that makes a data set, for all that it gives to `map` and the like.
 graph = functools.partial(tf.function, autograph=False)
 without_autograph = tf.autograph.experimental.do_not_convert
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The data set, to be read without tf.data's tuning: `AUTOTUNE` is as many calls at once as there are threads, 16 at most.
+
+    Whoever drops an iterator waits for the thread that tunes, in TensorFlow 2.21 up to a minute: `Model::OptimizeLoop` may be
+    woken while `CancellationManager::StartCancel` still runs, when `IsCancelled` is false yet, and sleeps for the rest of its
+    period then. On a single core most jobs met that.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def add_up(num: tf.Tensor, zeros: tf.Tensor, compute: Callable[[], tf.Tensor]) -> tf.Tensor:
