@@ -92,14 +92,15 @@ def test_a_batch_of_records_holds_other_segments_in_each_epoch(on_disk: Part) ->
 
 
 @pytest.mark.parametrize(("num_pipelines", "num_replicas", "batch"), [(1, 1, 10), (1, 4, 32), (2, 4, 104), (3, 3, 300)])
-def test_evaluation_counts_every_example_once(num_pipelines: int, num_replicas: int, batch: int, examples: Part) -> None:
+def test_every_evaluation_counts_every_example_once(num_pipelines: int, num_replicas: int, batch: int, examples: Part) -> None:
     make = pipeline.eval_dataset_fn(examples, batch)
-    seen = []
+    seen: list[list[int]] = [[], []]
+    num_batches = -(-NUM // batch) * num_replicas // num_pipelines
     for index in range(num_pipelines):
         context = tf.distribute.InputContext(num_pipelines, index, num_replicas)
-        for _, labels, weights in make(context).take(-(-NUM // batch) * num_replicas // num_pipelines):
-            seen += labels.numpy()[weights.numpy() == 1].tolist()
-    assert sorted(seen) == list(range(NUM))
+        for count, (_, labels, weights) in enumerate(make(context).take(2 * num_batches)):
+            seen[count // num_batches] += labels.numpy()[weights.numpy() == 1].tolist()
+    assert [sorted(examples) for examples in seen] == [list(range(NUM))] * 2
 
 
 def test_epochs_end_where_their_last_example_is_read() -> None:

@@ -132,7 +132,7 @@ def _train(
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
-    evaluate = _evaluations(state.inference, topology, sum_over_workers)
+    evaluate = _evaluations(state.inference, topology, sum_over_workers, keep)
     with storage.stop_when_full("the metrics", checkpoints.describe, tf.errors.OpError):
         recording = Recording(config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief)
     work = Work(
@@ -241,20 +241,18 @@ def train_iterator(config: Config, examples: Part, first_step: int, topology: To
 
 
 def _evaluations(
-    model: keras.Model, topology: Topology, sum_over_workers: Callable[[tf.Tensor], tf.Tensor]
+    model: keras.Model, topology: Topology, sum_over_workers: Callable[[tf.Tensor], tf.Tensor], keep: Callable[[object], None]
 ) -> Callable[[Part], Evaluation]:
-    """A function that makes the evaluation of `model` on some examples; the graph is the same for all."""
+    """A function that makes the evaluation of `model` on some examples; the graph is the same for all. `keep` as in `run`."""
     batch = _EVAL_BATCH_PER_REPLICA * topology.num_replicas
     eval_loop = steps.make_eval_loop(model, topology.strategy)
 
     def make(examples: Part) -> Evaluation:
         num_batches = tf.constant(-(-len(examples) // batch), tf.int64)
-        dataset = topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch))
-
-        def evaluate() -> np.ndarray:
-            return np.asarray(sum_over_workers(eval_loop(iter(dataset), num_batches)))
-
-        return evaluate
+        # One for all times: whoever drops an iterator waits; see `tracing.untuned`.
+        batches = iter(topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch)))
+        keep(batches)
+        return lambda: np.asarray(sum_over_workers(eval_loop(batches, num_batches)))
 
     return make
 

@@ -55,7 +55,9 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
 
 
 def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
-    """The evaluation input of each worker: every example once, in order; the rest of the last batch has weight 0.
+    """The evaluation input of each worker: every example once, in order, and so again and again, each time from a new batch.
+
+    The rest of a last batch has weight 0.
 
     Returns:
         As `train_dataset_fn`; elements are images uint8 [b, H, W, C], labels int32 [b], weights float64 [b], 0 or 1.
@@ -66,6 +68,7 @@ def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
     images, labels = _tensors(examples)
 
     def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        positions %= streaming.round_up(num_examples, global_batch_size)
         indices = tf.minimum(positions, num_examples - 1)
         weights = tf.cast(positions < num_examples, tf.float64)
         return tf.gather(images, indices), tf.gather(labels, indices), weights

@@ -97,15 +97,20 @@ def steps_of(records: Records, share: Share, seed: int) -> Callable[[tf.Tensor, 
     return of_steps
 
 
+def round_up(num_examples: int, global_batch_size: int) -> int:
+    """The positions of an evaluation: whole global batches."""
+    return -(-num_examples // global_batch_size) * global_batch_size
+
+
 def eval_records(records: Records, share: Share) -> tf.data.Dataset:
-    """A worker's records in their own order; positions from N on stand for record N - 1, without end. Returns as above."""
+    """A worker's records in their own order, again and again; positions from N on stand for record N - 1. Returns as above."""
     order = Order(records.segments[:, COUNT], share.global_batch_size, 0)
     read = _Reader(records)
     counts = tf.constant(records.segments[:, COUNT])
     as_written = Epoch(tf.zeros([], tf.int64), tf.range(tf.shape(counts, tf.int64)[0]), tf.cumsum(counts))
 
     def of_chunk(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        positions = share.position(tf.range(first, first + read.chunk))
+        positions = share.position(tf.range(first, first + read.chunk)) % round_up(order.num_examples, share.global_batch_size)
         return read(order, as_written, tf.minimum(positions, order.num_examples - 1)), positions
 
     return tf.data.Dataset.counter(0, read.chunk).map(of_chunk, num_parallel_calls=2, deterministic=True).prefetch(1)
