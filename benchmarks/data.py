@@ -70,8 +70,8 @@ def measure(quick: bool, progress: Progress) -> Section:
         + table(["reader", "of", "images/s", "seconds to the first batch", "peak RSS, MiB"], cells)
         + f"\n\nOne epoch of them, streamed, with `--preset fast`: {streamed['steps']:,} steps at "
         f"{streamed['images_per_second']:,.0f} images/s; MNIST from memory: {memory['images_per_second']:,.0f}. Test accuracy "
-        f"on MNIST's own test set {streamed['test_accuracy']:.2%}; after two epochs of MNIST {memory['test_accuracy']:.2%}. No "
-        f"program had more than {figures['streamed_peak_rss_mib']:,.0f} MiB."
+        f"on MNIST's own test set {streamed['test_accuracy']:.2%}; after {memory['epochs']:.1f} epochs of MNIST "
+        f"{memory['test_accuracy']:.2%}. No program had more than {figures['streamed_peak_rss_mib']:,.0f} MiB."
     )
     commands = [
         as_typed(command),

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {
         "model": "fast_cnn",
-        "epochs": 2.0,
+        "epochs": 1.5,
         "precision": "auto",
         "augment": "none",
         "dropout_rate": 0.2,

@@ -22,7 +22,7 @@ def train(model_dir: Path, *argv: str, launcher: tuple[str, ...] = ("trainer.tas
     return json.loads((model_dir / "result.json").read_text())
 
 
-def test_fast_reaches_99_percent_within_two_epochs_with_one_worker_and_with_two(tmp_path: Path) -> None:
+def test_fast_reaches_99_percent_within_one_and_a_half_epochs_with_one_worker_and_with_two(tmp_path: Path) -> None:
     """Means over seeds: rounding alone, which differs with the number of workers, moves one run's accuracy by 0.1 points."""
     two_workers = ("launch.local", "--num_workers=2", "--")
     one = [train(tmp_path / f"one-{seed}", "--preset=fast", f"--seed={seed}") for seed in SEEDS]
@@ -33,7 +33,7 @@ def test_fast_reaches_99_percent_within_two_epochs_with_one_worker_and_with_two(
         means.append(sum(accuracies) / len(accuracies))
         print(f"fast, {num_workers} workers: {accuracies}, mean {means[-1]:.2%}")
         assert {(result["num_workers"], result["test_examples"]) for result in results} == {(num_workers, 10_000)}
-        assert max(result["epochs"] for result in results) <= 2.01
+        assert max(result["epochs"] for result in results) <= 1.51
         assert means[-1] >= 0.990
     assert abs(means[1] - means[0]) <= 0.0015
 
