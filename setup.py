@@ -69,6 +69,7 @@ setup(
             "mypy>=2.0,<3",
             "playwright>=1.60,<2",
             "pytest>=9.0,<10",
+            "filelock>=3.16,<4",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.15,<0.18",
             "scipy>=1.13,<2",

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from trainer import dataset
 from trainer.cluster import set_tensorflow_defaults
@@ -90,12 +92,33 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, mnist: dataset.Dataset) 
 
 
 @pytest.fixture(scope="session")
-def tiny_records(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder for all of pytest's processes: https://pytest-xdist.readthedocs.io/en/stable/how-to.html"""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_records(made_once, tiny_data: Path) -> Path:
     """The tiny data as trainer.prepare writes it, in seven shards."""
-    output = tmp_path_factory.mktemp("records")
-    options = {"input": tiny_data, "output": output, "num_shards": 7, "num_processes": 1}
-    subprocess.run([sys.executable, "-m", "trainer.prepare", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
-    return output
+
+    def make(folder: Path) -> None:
+        options = {"input": tiny_data, "output": folder, "num_shards": 7, "num_processes": 1}
+        subprocess.run([sys.executable, "-m", "trainer.prepare", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
+
+    return made_once("records", make)
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
@@ -106,17 +129,20 @@ def arguments(options: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    """The folder of a job that has run to its end on two replicas."""
-    model_dir = tmp_path_factory.mktemp("finished") / "run"
-    options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6,
-               "report": True, "histograms_every": 32}  # fmt: skip
-    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (model_dir / "stdout").write_text(done.stdout)
-    (model_dir / "stderr").write_text(done.stderr)
-    return model_dir
+def finished(made_once, tiny_data: Path) -> Path:
+    """The folder of a job that has run to its end on two replicas; to be read only, by several processes at a time."""
+
+    def make(folder: Path) -> None:
+        model_dir = folder / "run"
+        options = {**TINY, "data_dir": tiny_data, "model_dir": model_dir, "strategy": "mirrored", "num_devices": 2, "epochs": 6,
+                   "report": True, "histograms_every": 32}  # fmt: skip
+        command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (model_dir / "stdout").write_text(done.stdout)
+        (model_dir / "stderr").write_text(done.stderr)
+
+    return made_once("finished", make) / "run"
 
 
 @pytest.fixture(scope="session")
@@ -238,18 +264,30 @@ def start_workers(start_job):
 @pytest.fixture
 def run_here(tmp_path: Path, tiny_data: Path):
     """Runs a job on the tiny data inside this process and returns its result."""
+    return functools.partial(_run_here, data_dir=str(tiny_data), model_dir=str(tmp_path / "run"))
+
+
+def _run_here(stop: Any = None, **options: Any) -> dict[str, Any]:
     from trainer import job
     from trainer.cluster import Cluster
     from trainer.presets import from_preset
     from trainer.signals import StopRequest
 
-    def run(stop: StopRequest | None = None, **options: Any) -> dict[str, Any]:
-        given = {**TINY, "data_dir": str(tiny_data), "model_dir": str(tmp_path / "run"), **options}
-        config = from_preset(given.pop("preset"), given)
-        Path(config.model_dir).mkdir(exist_ok=True)
-        return job.run(config, dataset.load_for(config), Cluster(), stop or StopRequest())
+    given = {**TINY, **options}
+    config = from_preset(given.pop("preset"), given)
+    Path(config.model_dir).mkdir(exist_ok=True)
+    return job.run(config, dataset.load_for(config), Cluster(), stop or StopRequest())
 
-    return run
+
+@pytest.fixture
+def stopped_late(made_once, tiny_data: Path, tmp_path: Path) -> Path:
+    """The folder `run` of a job of three epochs that has all but its result."""
+
+    def make(folder: Path) -> None:
+        _run_here(data_dir=str(tiny_data), model_dir=str(folder), epochs=3)
+        (folder / "result.json").unlink()
+
+    return Path(shutil.copytree(made_once("stopped_late", make), tmp_path / "run"))
 
 
 def lines_of(model_dir: Path, split: str) -> list[dict[str, Any]]:

@@ -10,25 +10,24 @@ from trainer.errors import RequestError
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"width_multiplier": 0.5}, {"global_batch_size": 64}, {"epochs": 3}, {"precision": "mixed_bfloat16"}]
+    "change", [{"seed": 1}, {"width_multiplier": 0.5}, {"global_batch_size": 64}, {"epochs": 2}, {"precision": "mixed_bfloat16"}]
 )
-def test_folder_of_another_configuration_is_refused_with_the_difference(change: dict, run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    (tmp_path / "run" / "result.json").unlink()
+def test_folder_of_another_configuration_is_refused_with_the_difference(change: dict, run_here, stopped_late: Path) -> None:
     ((name, value),) = change.items()
     with pytest.raises(RequestError, match=f"another configuration: {name} .* -> {value}"):
-        run_here(**{"epochs": 1, **change})
+        run_here(**{"epochs": 3, **change})
 
 
 def test_run_of_precision_auto_goes_on_in_the_format_that_it_began_with(
     run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: True)
-    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
+    options = {"precision": "auto", "max_steps": 5, "validation_fraction": 0}
+    assert run_here(**options)["precision"] == "mixed_bfloat16"
     (tmp_path / "run" / "result.json").unlink()
     monkeypatch.setattr(machine, "computes_in_bfloat16", lambda: False)
-    assert run_here(epochs=1, precision="auto")["precision"] == "mixed_bfloat16"
-    assert run_here(epochs=1, precision="auto", model_dir=str(tmp_path / "other"))["precision"] == "float32"
+    assert run_here(**options)["precision"] == "mixed_bfloat16"
+    assert run_here(**options, model_dir=str(tmp_path / "other"))["precision"] == "float32"
     assert json.loads((tmp_path / "other" / "config.json").read_text())["config"]["precision"] == "float32"
 
 
@@ -46,40 +45,34 @@ def test_folder_with_somebody_elses_config_is_refused_and_left_alone(content: st
 
 
 @pytest.mark.parametrize("recorded", ["auto", ["float32"]])
-def test_recorded_precision_that_is_none_is_another_configuration(recorded: object, run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    path = tmp_path / "run" / "config.json"
+def test_recorded_precision_that_is_none_is_another_configuration(recorded: object, run_here, stopped_late: Path) -> None:
+    path = stopped_late / "config.json"
     before = json.loads(path.read_text())
     before["config"]["precision"] = recorded
     path.write_text(json.dumps(before))
-    (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(RequestError, match=r"configuration: precision .* -> (float32|mixed_bfloat16): give another"):
-        run_here(epochs=1, precision="auto")
+        run_here(epochs=3, precision="auto")
     assert json.loads(path.read_text()) == before
 
 
-def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, tmp_path: Path) -> None:
-    run_here(epochs=1)
-    (tmp_path / "run" / "result.json").unlink()
-    path = tmp_path / "run" / "config.json"
+def test_folder_of_a_version_that_did_not_know_an_option_is_refused(run_here, stopped_late: Path) -> None:
+    path = stopped_late / "config.json"
     before = json.loads(path.read_text())
     del before["config"]["width_multiplier"]
     path.write_text(json.dumps(before))
     with pytest.raises(RequestError, match=r"width_multiplier \(unknown\) -> 1.0"):
-        run_here(epochs=1)
+        run_here(epochs=3)
 
 
-def test_folder_of_other_data_is_refused(run_here, tmp_path: Path, tiny_data: Path) -> None:
-    run_here(epochs=1)
+def test_folder_of_other_data_is_refused(run_here, stopped_late: Path, tmp_path: Path, tiny_data: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for path in tiny_data.iterdir():
         (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(RequestError, match="data_sha256"):
-        run_here(epochs=1, data_dir=str(other))
+        run_here(epochs=3, data_dir=str(other))
 
 
-def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, tmp_path: Path) -> None:
-    run_here(epochs=1, resume=False)
+def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, stopped_late: Path) -> None:
     with pytest.raises(RequestError, match="--noresume"):
-        run_here(epochs=1, resume=False)
+        run_here(epochs=3, resume=False)

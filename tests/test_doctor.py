@@ -64,8 +64,8 @@ def test_wrong_flag_is_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_folder_of_another_run_is_found(finished: Path, tiny_data: Path) -> None:
-    done = doctor(model_dir=finished, data_dir=tiny_data, preset="article", global_batch_size=32)
+def test_folder_of_another_run_is_found(stopped_late: Path, tiny_data: Path) -> None:
+    done = doctor(model_dir=stopped_late, data_dir=tiny_data, preset="article", global_batch_size=32)
     assert done.returncode == 2
     assert "holds a run of another configuration" in done.stdout
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 
 from trainer import dataset, evaluate
-from trainer.errors import DivergedError, Stopped
+from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
 from trainer.signals import StopRequest
 
@@ -207,30 +207,29 @@ def test_killed_job_loses_at_most_checkpoint_every_steps(start_job) -> None:
     assert reached - 10 - 5 <= resumed <= reached + 5
 
 
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run_here, caplog, tmp_path: Path) -> None:
-    options = {"epochs": 3, "early_stopping_patience": 5}
-    whole = run_here(model_dir=str(tmp_path / "whole"), **options)
-    model_dir = tmp_path / "run"
-    run_here(**options)
-    (model_dir / "result.json").unlink()
-    newest, before = checkpoints_in(model_dir)[:-3:-1]
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run_here, stopped_late: Path, caplog) -> None:
+    newest, before = checkpoints_in(stopped_late)[:-3:-1]
     data = newest / "state.data-00000-of-00001"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 0xFF
     data.write_bytes(content)
     caplog.set_level("INFO", "digitfleet")
-    result = run_here(**options)
+    result = run_here(epochs=3)
     assert f"{newest} is damaged" in caplog.text
     assert f"going on from step {int(before.name[5:])}" in caplog.text
-    assert result["steps"] == whole["steps"]
+    assert result["steps"] == 48
 
 
-@pytest.mark.parametrize("name", ["state.index", pytest.param("state.data-00000-of-00001", marks=pytest.mark.e2e), "loop.json"])
-def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_here, caplog, tmp_path: Path) -> None:
-    run_here(epochs=3)
-    model_dir = tmp_path / "run"
-    (model_dir / "result.json").unlink()
-    newest, second, third = checkpoints_in(model_dir)[::-1]
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("state.index", marks=pytest.mark.e2e),
+        pytest.param("state.data-00000-of-00001", marks=pytest.mark.e2e),
+        "loop.json",
+    ],
+)
+def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_here, stopped_late: Path, caplog) -> None:
+    newest, second, third = checkpoints_in(stopped_late)[::-1]
     (newest / name).unlink()
     (second / name).write_bytes((second / name).read_bytes()[:-7])
     caplog.set_level("INFO", "digitfleet")
@@ -238,17 +237,15 @@ def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_her
     assert f"going on from step {int(third.name[5:])}" in caplog.text
 
 
-def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, tmp_path: Path) -> None:
-    run_here()
-    (tmp_path / "run" / "result.json").unlink()
-    for path in checkpoints_in(tmp_path / "run"):
+def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, stopped_late: Path) -> None:
+    for path in checkpoints_in(stopped_late):
         (path / "state.index").write_bytes(b"nothing")
     with pytest.raises(Stopped, match="every checkpoint"):
-        run_here()
+        run_here(epochs=3)
 
 
 def test_early_stopping_uses_the_best_weights(run_here, tmp_path: Path) -> None:
-    result = run_here(epochs=60, early_stopping_patience=2, learning_rate=0.02, lr_schedule="constant")
+    result = run_here(epochs=60, early_stopping_patience=2, learning_rate=0.05, lr_schedule="constant")
     validation = lines_of(tmp_path / "run", "validation")
     assert len(validation) < 60
     best = max(range(len(validation)), key=lambda index: (validation[index]["accuracy"], -validation[index]["loss"]))
@@ -354,8 +351,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_request_that_cannot_be_met_is_one_line_and_leaves_nothing(kind: str, start_job) -> None:
+def test_request_that_cannot_be_met_is_told_before_anything_is_made(kind: str, run_here, tmp_path: Path) -> None:
     options, words = REFUSED[kind]
+    with pytest.raises(RequestError, match=re.escape(words)) as caught:
+        run_here(**options)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_request_that_cannot_be_met_is_one_line_and_leaves_nothing(start_job) -> None:
+    options, words = REFUSED["indivisible batch"]
     job = start_job(**options)
     assert job.wait() == 2
     (line,) = job.log.read_text().splitlines()

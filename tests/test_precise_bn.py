@@ -134,7 +134,11 @@ def test_of_a_users_model_nothing_else_works_as_in_training() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"early_stopping_patience": 1}, {"ema_decay": 0.9}, {"validation_fraction": 0.0}, {"input_pipeline": "stream"}],
+    [
+        {"early_stopping_patience": 1},
+        {"input_pipeline": "stream"},
+        *(pytest.param(options, marks=pytest.mark.e2e) for options in ({}, {"ema_decay": 0.9}, {"validation_fraction": 0.0})),
+    ],
     ids=str,
 )
 def test_exported_statistics_are_those_of_the_exported_weights(

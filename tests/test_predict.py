@@ -19,12 +19,15 @@ from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(made_once) -> Path:
     """A model trained for 60 steps on all of MNIST: good enough to read clean digits."""
-    folder = tmp_path_factory.mktemp("model") / "run"
-    options = {**TINY, "model_dir": folder, "max_steps": 60, "global_batch_size": 256, "steps_per_loop": 60, "augment": "affine"}
-    subprocess.run([sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        options = {**TINY, "model_dir": folder, "max_steps": 60, "global_batch_size": 256, "steps_per_loop": 60,
+                   "augment": "affine"}  # fmt: skip
+        subprocess.run([sys.executable, "-m", "trainer.task", *arguments(options)], cwd=ROOT, check=True, capture_output=True)
+
+    return made_once("model", make)
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     assert sorted(np.argsort(waited)[-2:]) == [2, 5], waited
 
 
-@pytest.mark.parametrize("model", ["fast_cnn", "bn_cnn", "deep_cnn"])
+@pytest.mark.parametrize("model", [pytest.param("fast_cnn", marks=pytest.mark.e2e), "bn_cnn", "deep_cnn"])
 def test_xla_computes_what_tensorflow_computes(model: str) -> None:
     plain, _, _ = train(1, model=model)
     compiled, _, _ = train(1, model=model, jit_compile=True)

@@ -151,7 +151,7 @@ def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
     assert not (folder / "tensorboard/test").exists()
 
 
-@pytest.mark.parametrize("method", ["write", "write_histograms", "close"])
+@pytest.mark.parametrize("method", ["write", "write_histograms", pytest.param("close", marks=pytest.mark.e2e)])
 def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
     method: str, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
     Raises:
         RequestError: there is no export, or the data does not fit it.
     """
+    storage.export_of(model_dir)  # What is not there is told before TensorFlow is imported.
     with cli.quiet_start():
         import tensorflow as tf
 

@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer.errors import RequestError
+from trainer.storage import export_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,9 +28,7 @@ def load(model_dir: str) -> Model:
     Raises:
         RequestError: there is no export there, or it cannot be read.
     """
-    folder = Path(model_dir) / "export"
-    if not (folder / "saved_model.pb").is_file():
-        raise RequestError(f"--model_dir={model_dir}: no finished job there: {folder}/saved_model.pb is missing")
+    folder = export_of(model_dir)
     try:
         loaded = tf.saved_model.load(str(folder))
     except (tf.errors.OpError, OSError, ValueError, AttributeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cli, pictures
+from trainer import cli, pictures, storage
 from trainer.errors import RequestError
 
 
@@ -29,6 +29,7 @@ def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
     """
     for path in paths:
         pictures.load(path, 1)  # What cannot be read is told before TensorFlow is imported.
+    storage.export_of(model_dir)
     with cli.quiet_start():
         from trainer.classifier import Classifier
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cli
+from trainer import cli, storage
 from trainer.errors import EXIT_FINISHED, RequestError
 
 _THREADS = 8
@@ -50,6 +50,7 @@ def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, m
     Raises:
         RequestError: there is no export, or it cannot be read.
     """
+    storage.export_of(model_dir)
     with cli.quiet_start():
         import waitress
 

@@ -54,6 +54,18 @@ def probe_folder(folder: Path) -> int:
                 one.rmdir()
 
 
+def export_of(model_dir: str) -> Path:
+    """The folder of what a finished job has exported.
+
+    Raises:
+        RequestError: there is none.
+    """
+    folder = Path(model_dir) / "export"
+    if not (folder / "saved_model.pb").is_file():
+        raise RequestError(f"--model_dir={model_dir}: no finished job there: {folder}/saved_model.pb is missing")
+    return folder
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "--model_dir") -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
