@@ -244,7 +244,8 @@ def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, stopped_lat
         run_here(epochs=3)
 
 
-def test_early_stopping_uses_the_best_weights(run_here, tmp_path: Path) -> None:
+def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", "digitfleet")
     result = run_here(epochs=60, early_stopping_patience=2, learning_rate=0.05, lr_schedule="constant")
     validation = lines_of(tmp_path / "run", "validation")
     assert len(validation) < 60
@@ -252,18 +253,45 @@ def test_early_stopping_uses_the_best_weights(run_here, tmp_path: Path) -> None:
     assert len(validation) == best + 1 + 2
     assert result["validation_accuracy"] == pytest.approx(validation[best]["accuracy"])
     assert result["steps"] == validation[-1]["step"]
+    best_step = validation[best]["step"]
+    assert (
+        f"training ends at step {result['steps']} of 960: 2 validations in a row were no better than that of step {best_step}"
+        in (caplog.text)
+    )
+    assert f"the weights are those of step {best_step}, which" in caplog.text
 
 
-def test_training_ends_at_the_target_accuracy(run_here, tmp_path: Path) -> None:
+def test_training_ends_at_the_target_accuracy_and_says_so(run_here, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", "digitfleet")
     result = run_here(epochs=60, target_accuracy=0.8)
     validation = lines_of(tmp_path / "run", "validation")
     assert validation[-1]["accuracy"] >= 0.8
     assert all(line["accuracy"] < 0.8 for line in validation[:-1])
     assert result["steps"] < 960
+    assert f"training ends at step {result['steps']} of 960: --target_accuracy=0.8 is reached" in caplog.text
+
+
+def test_signal_after_the_last_step_is_told_what_it_finds() -> None:
+    script = """if True:
+        import os, signal, time
+        from trainer import signals
+        stop = signals.StopRequest()
+        signals.listen(stop, lambda: 0.5)
+        stop.trained = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    first, last = done.stderr.splitlines()
+    assert first == "digitfleet: SIGTERM: all is trained and saved; finishing the job (at most 0.5 s)"
+    assert last.startswith("digitfleet: SIGTERM: the job could not be finished within --grace_period=0.5 s; the same command")
 
 
 def test_max_steps_ends_training_and_its_schedule(run_here, tmp_path: Path) -> None:
-    assert run_here(max_steps=7)["steps"] == 7
+    stop = StopRequest()
+    assert run_here(stop, max_steps=7)["steps"] == 7
+    assert stop.trained
     last = lines_of(tmp_path / "run", "train")[-1]
     assert last["learning_rate"] < 0.01
 
@@ -282,6 +310,7 @@ def test_stop_before_the_first_step_loses_nothing(run_here, tmp_path: Path) -> N
     stop.set("SIGTERM")
     with pytest.raises(Stopped, match="stopped at step 5"):
         run_here(stop)
+    assert not stop.trained
     assert run_here()["restarts"] == 1
 
 

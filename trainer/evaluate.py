@@ -88,4 +88,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.evaluate", main)
+    cli.run("trainer.evaluate", main, at_once=True)

@@ -76,7 +76,7 @@ def run(
     plan = make_plan(config, len(train_set), layout.num_replicas)
     _log.info("%s", dataset.description)
     _log.info("%s", layout.describe())
-    _log.info("%s", plan.describe())
+    _log.info("%s", plan.describe(len(validation_set) if validation_set else 0))
     with (
         preflight.met(config, dataset.sha256, cluster, layout, stop) as (cluster, watch),
         claim.Start(model_dir) as start,

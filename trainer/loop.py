@@ -4,6 +4,7 @@ It knows time; what a step computes is `steps.py`'s business, and how many devic
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from trainer.signals import StopRequest
 from trainer.step_times import StepTimes
 from trainer.steps import CORRECT, EXAMPLES, GRADIENT_NORM, LOSS, STEP_SECS, TRAIN_COLUMNS, State, TrainLoop
 from trainer.watch import Watch
+
+_log = logging.getLogger("digitfleet")
 
 Evaluation = Callable[[], np.ndarray]
 
@@ -97,6 +100,8 @@ class Loop:
                     self._watch.feed("waiting for the others to stop")
                     self._watch.end_together()
                     raise Stopped(f"stopped at step {progress.step} of {self._plan.total_steps}: {self._checkpoints.describe()}")
+        # From now on the job is finished rather than stopped.
+        self._stop.trained = True
         self._select_weights()
 
     def _next_boundary(self, step: int) -> int:
@@ -185,9 +190,15 @@ class Loop:
         else:
             progress.epochs_without_gain += 1
         if config.early_stopping_patience and progress.epochs_without_gain >= config.early_stopping_patience:
-            progress.finished = True
-        if config.target_accuracy and accuracy >= config.target_accuracy:
-            progress.finished = True
+            self._end(
+                f"{progress.epochs_without_gain} validations in a row were no better than that of step {progress.best_step}"
+            )
+        elif config.target_accuracy and accuracy >= config.target_accuracy:
+            self._end(f"--target_accuracy={config.target_accuracy:g} is reached")
+
+    def _end(self, reason: str) -> None:
+        self._progress.finished = True
+        _log.info("training ends at step %d of %d: %s", self._progress.step, self._plan.total_steps, reason)
 
     def _select_weights(self) -> None:
         """Gives the inference weights their final values: the best ones with early stopping, else the last ones."""
@@ -195,6 +206,7 @@ class Loop:
             # All wait here for the chief, who may be writing just now what all are to read.
             self._work.sum_over_workers(tf.zeros([1], tf.float64))
             self._checkpoints.restore_best(self._progress.best_step)
+            _log.info("the weights are those of step %d, which validated best", self._progress.best_step)
         else:
             self._make_inference_weights()
 

@@ -42,11 +42,12 @@ class Plan:
         """Whether an epoch has ended within the step before."""
         return step > 0 and self.next_epoch_end(step - 1) == step
 
-    def describe(self) -> str:
-        """One line for the log."""
+    def describe(self, num_validated: int = 0) -> str:
+        """One line for the log; `num_validated` examples are kept for validation."""
+        validated = f", validated on {num_validated}" if num_validated else ""
         return (
             f"{self.total_steps} steps of {self.global_batch_size} = {self.num_replicas} x {self.per_replica_batch_size} "
-            f"examples, {self.epochs_at(self.total_steps):.2f} epochs of {self.num_examples}; "
+            f"examples, {self.epochs_at(self.total_steps):.2f} epochs of {self.num_examples}{validated}; "
             "a batch may run from one epoch into the next, no example is dropped"
         )
 

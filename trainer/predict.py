@@ -61,4 +61,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.predict", main)
+    cli.run("trainer.predict", main, at_once=True)

@@ -25,6 +25,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._name = ""
         self.listening = False
+        # Set when there is nothing more to train: what remains is finished in spite of the request.
+        self.trained = False
 
     @property
     def name(self) -> str:
@@ -58,14 +60,16 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
         name = signal.Signals(os.read(reader, 1)[0]).name
         stop.set(name)
         seconds = grace_period()
-        say(f"{name}: saving the state, then stopping (at most {seconds:g} s)", stderr)
+        todo = "all is trained and saved; finishing the job" if stop.trained else "saving the state, then stopping"
+        say(f"{name}: {todo} (at most {seconds:g} s)", stderr)
         together = min(ONE_REQUEST_SECS, seconds)
         time.sleep(together)
         while select.select([reader], [], [], 0)[0]:
             os.read(reader, 1)
         if select.select([reader], [], [], seconds - together)[0]:
             end_now(f"a second signal: stopped without saving after {name}", stderr)
-        end_now(f"{name}: the state could not be saved within --grace_period={seconds:g} s", stderr)
+        failed = "the job could not be finished" if stop.trained else "the state could not be saved"
+        end_now(f"{name}: {failed} within --grace_period={seconds:g} s", stderr)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
@@ -79,6 +83,6 @@ def say(text: str, stderr: TextIO | None = None) -> None:
 
 def end_now(reason: str, stderr: TextIO | None = None) -> None:
     """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
-    say(f"{reason}; the same command goes on from the last checkpoint", stderr)
+    say(f"{reason}; the same command goes on from the last checkpoint, if there is one", stderr)
     sys.stdout.flush()
     os._exit(EXIT_STOPPED)

@@ -46,12 +46,11 @@ class StepTimes:
         """A few sentences for people."""
         wait, exchange = (self.input_wait_ms or 0) / self.step_ms, self.all_reduce_ms / self.step_ms
         unknown = self.input_wait_ms is None
-        parts = [
-            "what waits for input is not measured with --deterministic" if unknown else f"{wait:.1%} of the step waits for input"
-        ]
+        parts = [] if unknown else [f"{wait:.1%} of the step waits for input"]
         if self.all_reduce_ms:
             parts.append(f"about {exchange:.1%} exchanges gradients (timed alone at the start)")
-        text = f"{self.step_ms:.1f} ms a step: {', '.join(parts)}, {self.compute_ms / self.step_ms:.1%} computes."
+        rest = "computes or waits for input, which --deterministic does not tell apart" if unknown else "computes"
+        text = f"{self.step_ms:.1f} ms a step: {', '.join([*parts, f'{self.compute_ms / self.step_ms:.1%} {rest}'])}."
         if wait > _MUCH_INPUT:
             advice = (
                 "Input is too slow. Steps of a few milliseconds: a larger --global_batch_size. Records on disk: trainer.prepare "
