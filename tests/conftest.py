@@ -294,3 +294,8 @@ def lines_of(model_dir: Path, split: str) -> list[dict[str, Any]]:
     """The records of one split in metrics.jsonl."""
     records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["split"] == split]
+
+
+def checkpoints_in(model_dir: Path, kind: str = "step") -> list[Path]:
+    """Oldest first."""
+    return sorted((model_dir / "checkpoints").glob(f"{kind}-*"))

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 from PIL import Image
 
-from trainer import evaluate, pictures, predict
+from trainer import evaluate, pictures, predict, serve
 from trainer.errors import RequestError
 from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
@@ -172,6 +174,20 @@ def test_wrong_request_is_one_line_and_exit_code_2(program: str, argv: list[str]
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert words in line
+
+
+def test_job_that_has_not_finished_is_told_before_tensorflow_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # To import it fails then.
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with socket.socket() as listener:
+        commands: list[Callable[[], object]] = [
+            lambda: predict.predict(str(tmp_path), []),
+            lambda: evaluate.evaluate(str(tmp_path)),
+            lambda: serve.serve(str(tmp_path), listener, "127.0.0.1", "digits", 1, 0),
+        ]
+        for command in commands:
+            with pytest.raises(RequestError, match="no finished job there"):
+                command()
 
 
 COLOUR = {

@@ -50,7 +50,7 @@ def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, m
     Raises:
         RequestError: there is no export, or it cannot be read.
     """
-    storage.export_of(model_dir)
+    storage.export_of(model_dir)  # What is not there is told before TensorFlow is imported.
     with cli.quiet_start():
         import waitress
 
