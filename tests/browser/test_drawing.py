@@ -114,11 +114,13 @@ def test_everything_is_done_by_keyboard(page: Page, address: str) -> None:
 
 def test_files_are_read_in_a_batch(page: Page, address: str, tmp_path: Path) -> None:
     test_set: Any = dataset.load("").test
-    chosen = [int(np.flatnonzero(test_set.labels == digit)[0]) for digit in range(4)]
     paths = []
-    for digit, index in enumerate(chosen):
+    for digit in range(4):
+        # The most usual one, which no model takes for another: the first 3 in the file is half an 8.
+        images = test_set.images[test_set.labels == digit, ..., 0].astype(np.float32)
+        usual = np.argmin(((images - images.mean(axis=0)) ** 2).sum(axis=(1, 2)))
         paths.append(tmp_path / f"digit {digit}.png")
-        Image.fromarray(test_set.images[index, ..., 0]).resize((140, 140)).save(paths[-1])
+        Image.fromarray(images[usual].astype(np.uint8)).resize((140, 140)).save(paths[-1])
     opened(page, address)
     page.locator("#upload").set_input_files(paths)
     page.locator("#rows > tr").nth(3).wait_for()
