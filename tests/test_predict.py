@@ -101,6 +101,21 @@ def test_picture_of_the_networks_size_is_left_alone(digits) -> None:
     np.testing.assert_array_equal(to_model_input(tf.constant(255 - pixels), 28, 28)[..., 0], pixels)
 
 
+def test_enlarged_digits_come_back_to_their_place(mnist) -> None:
+    """Whole pixels of rounding, but no bias: half a pixel to one side costs a model of 98.8 % nearly a point."""
+    originals = mnist.test.images[:50, ..., 0]
+    large = [np.asarray(Image.fromarray(pixels).resize((140, 140)), np.float32) for pixels in originals]
+    found = np.stack([to_model_input(tf.constant(picture), 28, 28)[..., 0] for picture in large])
+
+    def centers(images: np.ndarray) -> np.ndarray:
+        total = images.sum(axis=(1, 2), dtype=np.float64)
+        return np.stack([images.sum(axis=axis) @ np.arange(28) / total for axis in (2, 1)], axis=1)
+
+    moved = centers(found) - centers(originals)
+    assert np.abs(moved.mean(axis=0)).max() < 0.15
+    assert np.abs(moved).max() < 1.1
+
+
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_empty_page_is_no_accident(value: int) -> None:
     found = to_model_input(tf.fill([90, 60], float(value)), 28, 28).numpy()

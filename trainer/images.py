@@ -101,7 +101,8 @@ def _fit(gray: tf.Tensor, height: int, width: int) -> tf.Tensor:
     mass = tf.maximum(tf.reduce_sum(digit), 1e-6)
     center = tf.stack([tf.reduce_sum(tf.reduce_sum(digit, 1) * rows), tf.reduce_sum(tf.reduce_sum(digit, 0) * columns)]) / mass
     target = tf.constant([height, width])
-    offset = tf.cast(tf.round((tf.cast(target, tf.float32) - 1) / 2 - center), tf.int32)
+    # MNIST's centre is (14, 14), counted from the middle of the first pixel, though that of 28 pixels is (13.5, 13.5).
+    offset = tf.cast(tf.round(tf.cast(target, tf.float32) / 2 - center), tf.int32)
     offset = tf.clip_by_value(offset, 0, target - new_size)
     after = target - new_size - offset
     return tf.pad(digit, [[offset[0], after[0]], [offset[1], after[1]]])
