@@ -79,10 +79,11 @@ def test_graphs_are_traced_without_autograph() -> None:
 def test_what_draws_is_imported_only_to_draw() -> None:
     # In a process of its own: pytest's has them already. Keras imports both, if it is let, and a worker may need neither.
     script = """if True:
-        import sys
+        import gc, sys
         from trainer import cli
         with cli.quiet_start():
             from trainer import job, recording
+        assert gc.isenabled() and gc.get_freeze_count() > 200_000
         assert "keras" in sys.modules
         late = {"matplotlib", "sklearn"}
         assert not late & set(sys.modules)

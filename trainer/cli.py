@@ -1,6 +1,7 @@
 """What all commands share: parsing absl flags, one line for what the user can mend, and the exit code of each end."""
 
 import contextlib
+import gc
 import logging as standard_logging
 import os
 import sys
@@ -90,9 +91,14 @@ def _import_tensorflow() -> None:
     for name in absent:
         # To import it fails then: https://docs.python.org/3/reference/import.html#the-module-cache
         sys.modules[name] = None  # type: ignore[assignment]
+    # The import makes a million objects that all stay: the collector would search them time and again, now and later.
+    gc.disable()
     try:
         import tensorflow  # noqa: F401
+
+        gc.freeze()
     finally:
+        gc.enable()
         for name in absent:
             del sys.modules[name]
 
