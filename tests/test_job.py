@@ -161,7 +161,8 @@ def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, stopped_lat
 
 def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO", "digitfleet")
-    result = run_here(epochs=60, early_stopping_patience=2, learning_rate=0.05, lr_schedule="constant")
+    options = {"epochs": 60, "early_stopping_patience": 2, "learning_rate": 0.05, "lr_schedule": "constant"}
+    result = run_here(**options)
     validation = lines_of(tmp_path / "run", "validation")
     assert len(validation) < 60
     best = max(range(len(validation)), key=lambda index: (validation[index]["accuracy"], -validation[index]["loss"]))
@@ -173,6 +174,12 @@ def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Pa
         f"training ends at step {result['steps']} of 960: 2 validations in a row were no better than that of step {best_step}"
         in (caplog.text)
     )
+    assert f"the weights are those of step {best_step}, which" in caplog.text
+    caplog.clear()
+    # As if it had been killed before that.
+    (tmp_path / "run" / "result.json").unlink()
+    assert run_here(**options)["weights_sha256"] == result["weights_sha256"]
+    assert f"training ended at step {result['steps']} before; its weights" in caplog.text
     assert f"the weights are those of step {best_step}, which" in caplog.text
 
 

@@ -56,6 +56,12 @@ def draw(pixels: np.ndarray, kind: str) -> Image.Image:
         canvas[60:340, 350:630] = canvas[60:340, 350:630] * (1 - ink) + np.array([30, 40, 120]) * ink
         canvas += np.random.default_rng(0).normal(0, 4, canvas.shape)
         return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    if kind == "half in the shade":
+        canvas = np.full((400, 700), 255, np.float32)
+        canvas[60:340, 350:630] -= np.asarray(large)
+        canvas *= np.linspace(0.65, 0.95, 700)
+        canvas += np.random.default_rng(0).normal(0, 4, canvas.shape)
+        return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     if kind == "transparent":  # Black ink, nothing behind it.
         rgba = np.zeros((280, 280, 4), np.uint8)
         rgba[..., 3] = np.asarray(large)
@@ -68,7 +74,10 @@ def draw(pixels: np.ndarray, kind: str) -> Image.Image:
     return large.point(lambda value: 255 * (value > 100)).convert("1")
 
 
-@pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent", "palette", "16 bit", "one bit"])
+KINDS = ["same", "dark on light", "large", "photo", "half in the shade", "transparent", "palette", "16 bit", "one bit"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_digits_are_read_from_pictures_of_every_kind(kind: str, digits, model_dir: Path, tmp_path: Path) -> None:
     paths = []
     for pixels, digit in digits:
@@ -203,6 +212,12 @@ def test_job_that_has_not_finished_is_told_before_tensorflow_is_loaded(tmp_path:
         for command in commands:
             with pytest.raises(RequestError, match="no finished job there"):
                 command()
+
+
+def test_data_that_is_not_there_is_told_before_tensorflow_is_loaded(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(RequestError, match="nowhere: there is no such file or folder"):
+        evaluate.evaluate(str(finished), "nowhere")
 
 
 COLOUR = {

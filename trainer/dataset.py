@@ -93,6 +93,16 @@ def load_for(config: Config) -> Dataset:
     return load(config.data_dir, config.num_classes, config.image_hw, on_error=config.on_error)
 
 
+def find(data_dir: str) -> None:
+    """Looks whether there is a data set, as `load` takes it, and reads none of it.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if data_dir and not _is_prepared(data_dir):
+        formats.recognise(Path(data_dir))
+
+
 def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None = None, *, on_error: str = "fail") -> Dataset:
     """Finds out what kind of data set it is, and reads it: all of it, or where its records are.
 
@@ -106,7 +116,7 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
     Raises:
         RequestError: something is missing or damaged, or does not fit together.
     """
-    prepared = bool(data_dir) and (records.is_prepared(data_dir) or records.is_remote(data_dir))
+    prepared = _is_prepared(data_dir)
     if on_error == "skip" and not prepared:
         raise RequestError(f"--on_error=skip: {data_dir or 'the embedded MNIST'} is no data set of trainer.prepare")
     if prepared:
@@ -153,6 +163,10 @@ def _load_records(folder: str, image_size: tuple[int, int] | None, on_error: str
     shards = sum(len(part.files) for part in parts)
     found = f"{shards} shards of {described.content['encoding']} records"
     return parts[0], parts[1], described.class_names, described.sha256, described.pictures, found
+
+
+def _is_prepared(data_dir: str) -> bool:
+    return bool(data_dir) and (records.is_prepared(data_dir) or records.is_remote(data_dir))
 
 
 def _load_collection(data_dir: str, image_size: tuple[int, int] | None) -> _Found:

@@ -26,16 +26,18 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
     Raises:
         RequestError: there is no export, or the data does not fit it.
     """
-    storage.export_of(model_dir)  # What is not there is told before TensorFlow is imported.
+    # What is not there is told before TensorFlow is imported.
+    storage.export_of(model_dir)
+    if data_dir is None:
+        options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
+        data_dir = str(options.get("data_dir", "")) if isinstance(options, dict) else ""
+    dataset.find(data_dir)
     with cli.quiet_start():
         import tensorflow as tf
 
         from trainer import exported, loading
 
         model = exported.load(model_dir)
-    if data_dir is None:
-        options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
-        data_dir = str(options.get("data_dir", "")) if isinstance(options, dict) else ""
     height, width, channels = model.input_shape
     data = dataset.load(data_dir, image_size=(height, width))
     if data.image_shape != model.input_shape:

@@ -7,8 +7,9 @@ MNIST's digits are light on dark, scaled into a box of 20/28 of the side, and ce
 import tensorflow as tf
 
 _BOX_SHARE = 20 / 28
-# A pixel belongs to the digit when it is at least this bright, of 255: JPEG artefacts and paper stay below.
-_INK = 64.0
+# A pixel belongs to the digit when it is at least this bright, of 255 between the darkest and the brightest: half, so that
+# noise, and paper that lies half in the shade, stay below.
+_INK = 128.0
 
 
 def gray_from_bytes(content: tf.Tensor) -> tf.Tensor:

@@ -126,7 +126,9 @@ def _train(
     agreement.check_steps(np.asarray(steps_restored), config.model_dir)
     checkpoints.remove_newer(progress.step)
     start.note(step=progress.step)
-    if progress.step:
+    if progress.finished:
+        _log.info("training ended at step %d before; its weights are still to be evaluated and exported", progress.step)
+    elif progress.step:
         _log.info("going on from step %d", progress.step)
     watch.feed("timing what the replicas exchange", compiles=True)
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
