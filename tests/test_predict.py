@@ -101,7 +101,7 @@ def test_command_and_exported_signature_see_the_same(kind: str, digits, tmp_path
     draw(digits[5][0], kind).save(tmp_path / "a.png")
     ours = to_model_input(tf.constant(np.asarray(pictures.load(tmp_path / "a.png", 1), np.float32)), 28, 28)
     exported = to_model_input(gray_from_bytes(tf.constant((tmp_path / "a.png").read_bytes())), 28, 28)
-    np.testing.assert_allclose(ours, exported, atol=4)
+    np.testing.assert_allclose(ours, exported, atol=1)
 
 
 def test_picture_of_the_networks_size_is_left_alone(digits) -> None:

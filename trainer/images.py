@@ -19,14 +19,14 @@ def gray_from_bytes(content: tf.Tensor) -> tf.Tensor:
         content: string [].
 
     Returns:
-        float32 [H, W] in [0, 255]; what is transparent becomes white, and colours their luma.
+        float32 [H, W] in [0, 255], whole numbers as Pillow's; what is transparent becomes white, and colours their luma.
     """
     pixels = tf.cast(tf.io.decode_image(content, channels=0, expand_animations=False), tf.float32)
     channels = tf.shape(pixels)[-1]
     has_alpha = tf.logical_or(tf.equal(channels, 2), tf.equal(channels, 4))
     alpha = tf.where(has_alpha, pixels[..., -1], 255.0) / 255
     luma = tf.cond(channels >= 3, lambda: tf.linalg.matvec(pixels[..., :3], [0.299, 0.587, 0.114]), lambda: pixels[..., 0])
-    return luma * alpha + 255 * (1 - alpha)
+    return tf.round(luma * alpha + 255 * (1 - alpha))
 
 
 def rgb_from_bytes(content: tf.Tensor) -> tf.Tensor:

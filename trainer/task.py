@@ -33,7 +33,7 @@ def main(positional: list[str]) -> None:
         with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
             result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
-        everywhere = "" if len(workers.workers) == 1 else ", with every worker,"
+        everywhere = ", with every worker," if len(workers.workers) > 1 else ""
         raise Stopped(f"{error}; go on{everywhere} with: {_command(config)}") from error
     if workers.is_chief:
         console.print_result(result, config.model_dir)
