@@ -21,15 +21,16 @@ from trainer.signals import StopRequest
 
 RESULT_FIELDS = """
 test_accuracy test_loss test_examples skipped_examples validation_accuracy steps epochs train_seconds images_per_second
-num_replicas num_workers strategy preset seed precision global_batch_size restarts weights_sha256
+num_replicas num_workers strategy preset seed precision global_batch_size restarts weights_step weights_sha256
 """.split()
 
 
 def test_result_has_every_field_of_the_contract_and_counts_every_example(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert list(result) == RESULT_FIELDS
-    expected = {"test_examples": 203, "steps": 96, "epochs": 6.0, "num_replicas": 2, "num_workers": 1, "strategy": "mirrored",
-                "preset": "fast", "seed": 0, "precision": "float32", "global_batch_size": 32, "restarts": 0}  # fmt: skip
+    expected = {"test_examples": 203, "steps": 96, "weights_step": 96, "epochs": 6.0, "num_replicas": 2, "num_workers": 1,
+                "strategy": "mirrored", "preset": "fast", "seed": 0, "precision": "float32", "global_batch_size": 32,
+                "restarts": 0}  # fmt: skip
     assert {name: result[name] for name in expected} == expected
     assert result["test_accuracy"] > 0.8
     assert result["test_accuracy"] * 203 == pytest.approx(round(result["test_accuracy"] * 203))
@@ -170,6 +171,9 @@ def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Pa
     assert result["validation_accuracy"] == pytest.approx(validation[best]["accuracy"])
     assert result["steps"] == validation[-1]["step"]
     best_step = validation[best]["step"]
+    tested = lines_of(tmp_path / "run", "test")
+    assert [line["step"] for line in tested] == [result["weights_step"]] == [best_step]
+    assert tested[0]["epoch"] == best + 1
     assert (
         f"training ends at step {result['steps']} of 960: 2 validations in a row were no better than that of step {best_step}"
         in (caplog.text)

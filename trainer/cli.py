@@ -18,9 +18,10 @@ from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
-# Keras 3.15 imports them for pictures and wrappers, and has none where they are missing. Nothing here uses those, and the imports
-# take a quarter of the CPU time of TensorFlow's own. What splits or draws imports them then, as a user's module may.
-_NOT_FOR_KERAS = ("matplotlib", "sklearn")
+# Keras 3.15 imports the first two for pictures and wrappers, TensorFlow 2.21 the third for its lite converter; they do without
+# what is missing. Nothing here uses those, and the imports take a quarter of the CPU time of TensorFlow's own, JAX's a tenth
+# where it is installed. What splits or draws imports them then, as a user's module may.
+_NOT_FOR_TENSORFLOW = ("matplotlib", "sklearn", "jax")
 
 
 def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False) -> None:
@@ -87,7 +88,7 @@ def quiet_start() -> Iterator[None]:
 
 
 def _import_tensorflow() -> None:
-    absent = [name for name in _NOT_FOR_KERAS if name not in sys.modules]
+    absent = [name for name in _NOT_FOR_TENSORFLOW if name not in sys.modules]
     for name in absent:
         # To import it fails then: https://docs.python.org/3/reference/import.html#the-module-cache
         sys.modules[name] = None  # type: ignore[assignment]

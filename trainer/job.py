@@ -153,20 +153,19 @@ def _train(
     )
     keep(work)
     with recording:
-        Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
+        weights_step = Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
         # The only look at the test set, after everything has been chosen.
         watch.feed("testing", compiles=True)
         test = evaluate(test_set)() if config.test else None
         validation = work.validate() if work.validate else None
-        result = _result(
-            config, plan, topology, progress, restarts, dataset.skipped, test, validation, weights_sha256(state.inference)
-        )
+        selected = weights_step, weights_sha256(state.inference)
+        result = _result(config, plan, topology, progress, restarts, dataset.skipped, test, validation, selected)
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
         watch.feed("exporting", compiles=True)
         with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
             if config.test:
-                recording.write({"step": progress.step, "epoch": result["epochs"], "split": "test", "loss": result["test_loss"],
-                                 "accuracy": result["test_accuracy"]})  # fmt: skip
+                recording.write({"step": weights_step, "epoch": plan.epochs_at(weights_step), "split": "test",
+                                 "loss": result["test_loss"], "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
                 _export(plain, state, dataset, model_dir)
             split, shown = ("test", test_set) if config.test else ("validation", validation_set)
@@ -268,7 +267,7 @@ def _result(
     skipped: int,
     test: np.ndarray | None,
     validation: np.ndarray | None,
-    sha256: str,
+    selected: tuple[int, str],
 ) -> dict[str, Any]:
     # A job of a single call has no other speed than the one that compilation is a part of.
     images, seconds = progress.timed_images, progress.timed_seconds
@@ -292,5 +291,6 @@ def _result(
         "precision": config.precision,
         "global_batch_size": config.global_batch_size,
         "restarts": restarts,
-        "weights_sha256": sha256,
+        "weights_step": selected[0],
+        "weights_sha256": selected[1],
     }

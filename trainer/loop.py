@@ -76,8 +76,11 @@ class Loop:
         self._warm = self._validated = False
         self._inference_step = -1
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Trains to the end; `progress.finished` is then saved, and the inference weights are the selected ones.
+
+        Returns:
+            The step whose weights those are.
 
         Raises:
             Stopped: a signal asked for it, or the disk is full; the state is saved.
@@ -102,7 +105,7 @@ class Loop:
                     raise Stopped(f"stopped at step {progress.step} of {self._plan.total_steps}: {self._checkpoints.describe()}")
         # From now on the job is finished rather than stopped.
         self._stop.trained = True
-        self._select_weights()
+        return self._select_weights()
 
     def _next_boundary(self, step: int) -> int:
         """The first step after `step` at which Python has something to do."""
@@ -190,9 +193,9 @@ class Loop:
         else:
             progress.epochs_without_gain += 1
         if config.early_stopping_patience and progress.epochs_without_gain >= config.early_stopping_patience:
-            self._end(
-                f"{progress.epochs_without_gain} validations in a row were no better than that of step {progress.best_step}"
-            )
+            count = progress.epochs_without_gain
+            validations = "1 validation was" if count == 1 else f"{count} validations in a row were"
+            self._end(f"{validations} no better than that of step {progress.best_step}")
         elif config.target_accuracy and accuracy >= config.target_accuracy:
             self._end(f"--target_accuracy={config.target_accuracy:g} is reached")
 
@@ -200,15 +203,17 @@ class Loop:
         self._progress.finished = True
         _log.info("training ends at step %d of %d: %s", self._progress.step, self._plan.total_steps, reason)
 
-    def _select_weights(self) -> None:
+    def _select_weights(self) -> int:
         """Gives the inference weights their final values: the best ones with early stopping, else the last ones."""
-        if self._config.early_stopping_patience and self._progress.best_step >= 0:
-            # All wait here for the chief, who may be writing just now what all are to read.
-            self._work.sum_over_workers(tf.zeros([1], tf.float64))
-            self._checkpoints.restore_best(self._progress.best_step)
-            _log.info("the weights are those of step %d, which validated best", self._progress.best_step)
-        else:
+        progress = self._progress
+        if not self._config.early_stopping_patience or progress.best_step < 0:
             self._make_inference_weights()
+            return progress.step
+        # All wait here for the chief, who may be writing just now what all are to read.
+        self._work.sum_over_workers(tf.zeros([1], tf.float64))
+        self._checkpoints.restore_best(progress.best_step)
+        _log.info("the weights are those of step %d, which validated best", progress.best_step)
+        return progress.best_step
 
     def _make_inference_weights(self) -> None:
         """Makes the inference weights those of this step, if they are not."""
