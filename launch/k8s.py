@@ -20,6 +20,7 @@ from pathlib import Path
 
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch import follow, manifests, status, submission, workload
@@ -177,7 +178,7 @@ def _print_status(report: status.Status) -> None:
     for heading in ("worker", "phase", "restarts", "node", "why"):
         table.add_column(heading)
     for worker in report.workers:
-        table.add_row(str(worker.index), worker.phase, str(worker.restarts), worker.node or "-", worker.why)
+        table.add_row(str(worker.index), worker.phase, str(worker.restarts), worker.node or "-", escape(worker.why))
     if report.workers:
         console.print(table)
     if report.progress:

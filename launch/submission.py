@@ -1,6 +1,7 @@
 """Sending a job to a cluster, and taking it away again: nothing is made before all is checked, and nobody else's is touched."""
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Callable, Sequence
 
@@ -61,8 +62,9 @@ def submit(
     if dry_run:
         existing = {(found["kind"], found["metadata"]["name"]): found for found in taken}
         show(difference.show(existing, [*missing, *ours]) or "nothing would change")
-    # What takes a name that is taken is looked at under another one.
-    probe = own(render(dataclasses.replace(request, name=f"{request.name[:40]}-new"))) if taken else ours
+    # What takes a name that is taken is looked at under another one, which nobody has.
+    other_name = f"{request.name[:33]}-new-{secrets.token_hex(3)}"
+    probe = own(render(dataclasses.replace(request, name=other_name))) if taken else ours
     needs_runtime = job["kind"] == "TrainJob" and any(found["kind"] == "ClusterTrainingRuntime" for found in missing)
     _create(cluster, missing, "--dry-run=server")
     if dry_run:

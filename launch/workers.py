@@ -63,9 +63,12 @@ class Workers:
         self._threads[-1].start()
 
     def _read(self, index: int, stream: IO[str], log: Path) -> None:
-        with stream, open(log, "a", buffering=1) as file:
+        # Without buffers: what could not be written would fail again at the end.
+        with stream, open(log, "ab", buffering=0) as file:
             for line in stream:
-                file.write(line)
+                # The disk that is full is often the one that the line is about.
+                with contextlib.suppress(OSError):
+                    file.write(line.encode())
                 self._show(index, line.rstrip("\n"))
 
     def __enter__(self) -> "Workers":

@@ -184,8 +184,10 @@ def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture) -> None:
     writer = ConsoleWriter(469, 0)
     writer.write({"step": 469, "epoch": 2.0, "split": "test", "loss": 0.03, "accuracy": 0.9912})
     print_result({"test_accuracy": 0.9912, "test_examples": 10_000, "validation_accuracy": None, "steps": 469, "epochs": 2,
-                  "train_seconds": 12.3, "images_per_second": 9876.5, "num_replicas": 1, "strategy": "x"}, "run")  # fmt: skip
-    lines = [(0.5, line) for line in capsys.readouterr().out.splitlines()]
+                  "train_seconds": 12.3, "images_per_second": 9876.5, "num_replicas": 1, "strategy": "x"}, "run[/1]")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "run[/1]/export, run[/1]/model.keras" in out
+    lines = [(0.5, line) for line in out.splitlines()]
     ((_, test),) = accuracy._find(accuracy._OURS, lines)
     ((_, trained),) = accuracy._find(accuracy._TRAINED, lines)
     assert (float(test[1]), float(trained[1])) == (99.12, 12.3)

@@ -1,5 +1,6 @@
 """What replicas exchange: how long it takes, when that is too long, and in which number format."""
 
+import keras
 import pytest
 import tensorflow as tf
 from conftest import mirrored
@@ -69,6 +70,17 @@ def test_what_a_step_exchanges_is_timed_and_leaves_the_weights_alone(precision: 
     assert exchange.measure(config, state, tf.distribute.OneDeviceStrategy("CPU:0")) == 0
     for variable, value in zip(steps.weights_of(state.model), before, strict=True):
         assert (variable.numpy() == value).all()
+
+
+def test_frozen_weights_are_not_taken_for_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, state = train(2, 0)
+    for layer in state.model.layers:
+        layer.trainable = isinstance(layer, keras.layers.BatchNormalization)
+    sent = record_all_reduces(monkeypatch)
+    assert 0 < exchange.measure(from_preset("fast", {}), state, mirrored(2)) < 10
+    # Of each layer the two all-reduces of statistics and the gradients of gamma and beta, on each of two replicas.
+    shapes = [shape for shape, _ in sent]
+    assert sorted(shapes) == sorted(2 * [shape for size in (32, 64) for shape in ((2, size), (2, size), (size,), (size,))])
 
 
 @pytest.mark.parametrize(

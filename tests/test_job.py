@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
@@ -14,9 +15,10 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 
-from trainer import dataset, evaluate
+from trainer import dataset, evaluate, job
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
+from trainer.ports import free_ports
 from trainer.signals import StopRequest
 
 RESULT_FIELDS = """
@@ -212,6 +214,51 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint(run_here, tmp_path: P
         run_here(optimizer="sgd", learning_rate=1e38, lr_schedule="constant", model="cnn")
     assert caught.value.exit_code == 1
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+NAN_GRADIENT = """
+import keras, tensorflow as tf
+@tf.custom_gradient
+def spoil(x):
+    return x, lambda upstream: upstream * float("nan")
+class Spoil(keras.layers.Layer):
+    def call(self, x):
+        return spoil(x)
+def build(input_shape, num_classes, config):
+    images = keras.Input(input_shape)
+    return keras.Model(images, keras.layers.Dense(num_classes)(Spoil()(keras.layers.Dense(4)(keras.layers.Flatten()(images)))))
+"""
+
+
+def test_weights_that_the_last_step_has_spoiled_are_not_saved(run_here, tmp_path: Path, monkeypatch) -> None:
+    """Its loss is that of the weights before it."""
+    (tmp_path / "spoilt.py").write_text(NAN_GRADIENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DivergedError, match=r"the gradient's norm is nan at step 1: .*; no checkpoint yet"):
+        run_here(model="spoilt:build", max_steps=1)
+    assert not checkpoints_in(tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("peers", "trouble", "expected"),
+    [
+        ([1], "lost worker 1", pytest.raises(Stopped, match="lost worker 1")),
+        ([1], "", pytest.raises(RuntimeError, match="at start")),
+        ([], "", pytest.raises(RuntimeError, match="at start")),
+    ],
+)
+def test_peer_lost_before_there_is_a_strategy_is_no_defect_of_this_worker(peers: list[int], trouble: str, expected) -> None:
+    watch = types.SimpleNamespace(peers=peers, trouble=trouble, wait_for_trouble=lambda _: trouble)
+    with expected, job._peers_can_be_lost(watch):
+        raise RuntimeError("Collective ops must be configured at start")
+
+
+def test_finished_job_tells_its_result_when_its_data_service_is_gone(run_here, tiny_records: Path) -> None:
+    options = {"data_dir": str(tiny_records), "max_steps": 1, "rendezvous_timeout": 1}
+    result = run_here(**options)
+    (port,) = free_ports(1)
+    assert run_here(**options, data_service=f"grpc://127.0.0.1:{port}") == result
 
 
 @pytest.mark.e2e

@@ -58,6 +58,14 @@ def test_name_that_is_taken_is_refused_and_replaced_on_demand(bench: Bench) -> N
     assert all("--cascade=foreground" in line and "--wait" in line for line in deletes)
 
 
+def test_job_of_a_similar_name_is_not_in_the_way_of_replacing(bench: Bench) -> None:
+    for name in ("digits", "digits-new"):
+        bench.works("submit", f"--name={name}", "--overlay=cpu")
+    before = bench.names()
+    bench.works("submit", "--name=digits", "--overlay=cpu", "--replace", "--", "--epochs=3")
+    assert sorted(bench.names()) == sorted(before)
+
+
 def test_replacing_by_another_kind_of_job_leaves_nothing_of_the_old_one(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--overlay=multi-worker")
     assert "Job digits is there already" in bench.fails("submit", "--name=digits", "--overlay=jobset")

@@ -47,6 +47,10 @@ WAITING = {
         with_container("Pending", waiting={"reason": "ImagePullBackOff", "message": "Back-off pulling image x:y"}),
         "Back-off pulling image x:y",
     ),
+    "brackets": (
+        with_container("Pending", waiting={"reason": "Error", "message": "[/data] not [mounted]"}),
+        "[/data] not [mounted]",
+    ),
     "evicted": (
         {"phase": "Failed", "conditions": [{"type": "DisruptionTarget", "status": "True", "message": "Eviction API: evicting"}]},
         "Eviction API: evicting",

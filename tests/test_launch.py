@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from launch import chaos
+from launch import chaos, isolation
 from launch.arguments import task_config
 from launch.chaos import Fault
 from launch.local import _share_devices
@@ -282,6 +282,29 @@ sys.stdin.read()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
     process.communicate("")
+
+
+def test_isolation_that_is_refused_halfway_leaves_the_network_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Ubuntu from 24.04 on, where a user may make a namespace and not set it up."""
+
+    def refuse(interface: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(isolation, "_bring_up", refuse)
+    before = Path("/proc/self/ns/net").readlink()
+    assert os.strerror(errno.EPERM) in isolation.isolate()
+    assert Path("/proc/self/ns/net").readlink() == before
+
+
+def test_log_that_cannot_be_written_costs_no_output_and_no_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "worker-0.log").symlink_to("/dev/full")
+    shown: list[str] = []
+    with Workers(
+        [["bash", "-c", "echo one; sleep 0.2; echo two; exit 75"]], [{}], tmp_path, lambda _, line: shown.append(line)
+    ) as workers:
+        assert workers.wait(20)
+    assert workers.codes() == [75]
+    assert shown == ["one", "two"]
 
 
 def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:

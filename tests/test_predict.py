@@ -263,6 +263,22 @@ def test_broken_pictures_never_end_in_a_traceback(tmp_path: Path) -> None:
                 pictures.load(tmp_path / "a", 3)
 
 
+@pytest.mark.parametrize("encoding", ["EPS", "TIFF", "PPM", "ICO", "PCX"])
+def test_formats_that_nothing_promises_are_refused(encoding: str, tmp_path: Path) -> None:
+    """EPS is a program, which Pillow would have Ghostscript run."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", encoding)
+    with pytest.raises(RequestError, match="no image: expected PNG, JPEG, GIF, WebP or BMP"):
+        pictures.load(tmp_path / "a.png", 3)
+
+
+def test_jpeg_of_a_camera_with_a_preview_is_read(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (16, 16), (200, 0, 0))
+    picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture.resize((8, 8))])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO"
+    assert pictures.load(tmp_path / "a.jpg", 3).size == (16, 16)
+
+
 def test_evaluation_goes_by_the_names_of_classes(model_dir: Path, mnist, tmp_path: Path) -> None:
     """The folders 3 and 7 alone are labels 0 and 1 there, and digits all the same."""
     for split in ("train", "test"):

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from absl import flags
 from conftest import ROOT, children_of, write_dataset
 from PIL import Image
 
-from trainer import cli, dataset, records, streaming
+from trainer import children, cli, dataset, records, streaming
 from trainer import prepare as command
 from trainer.convert import stratified_order
 
@@ -390,3 +391,10 @@ def test_command_of_the_readme_runs_as_a_program(tmp_path: Path) -> None:
     wrong = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
     assert "cannot be written" in wrong.stderr
+
+
+def test_signal_to_the_group_does_not_end_what_works_for_the_job() -> None:
+    with children.pool(1, os.getpid) as pool:
+        pid = pool.submit(os.getpid).result()
+        os.kill(pid, signal.SIGTERM)
+        assert pool.submit(os.getpid).result() == pid

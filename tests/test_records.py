@@ -5,19 +5,21 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, arguments
 
-from trainer import dataset, loading, records, streaming
+from trainer import dataset, evaluate, loading, records, storage, streaming
 from trainer.collection import Collection, Images, Split
 from trainer.convert import convert
-from trainer.errors import RequestError
+from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
 from trainer.shards import Request
 
@@ -276,3 +278,31 @@ def test_images_are_scaled_as_they_are_read(folder: Path) -> None:
     same = dataclasses.replace(found.train, image_shape=(12, 12, 1))
     small, _ = next(streaming.batches(same))
     np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), small.mean(axis=(1, 2, 3)), atol=4)
+
+
+def test_evaluation_leaves_out_what_the_job_left_out(finished: Path, tiny_records: Path, tmp_path: Path) -> None:
+    data, run = Path(shutil.copytree(tiny_records, tmp_path / "data")), tmp_path / "run"
+    min(data.glob("train-*.tfrecord")).unlink()
+    shard = min(data.glob("test-*.tfrecord"))
+    flip(shard, offsets_in(shard)[1] + 20)
+    run.mkdir()
+    (run / "export").symlink_to(finished / "export")
+    storage.write_json(run / "config.json", {"config": {"data_dir": str(data), "on_error": "skip"}})
+    whole = evaluate.evaluate(str(run), str(tiny_records))["test_examples"]
+    assert evaluate.evaluate(str(run))["test_examples"] == whole - 1
+    with pytest.raises(RequestError, match=r"train-00000-of-00007.tfrecord: missing, .*: --on_error=skip"):
+        evaluate.evaluate(str(run), on_error="fail")
+    # Of other data the job has not said that damage may be skipped.
+    shutil.copytree(data, tmp_path / "other")
+    with pytest.raises(RequestError, match=r"train-00000-of-00007.tfrecord: missing, .*: --on_error=skip"):
+        evaluate.evaluate(str(run), str(tmp_path / "other"))
+    assert evaluate.evaluate(str(run), str(tmp_path / "other"), "skip")["test_examples"] == whole - 1
+
+
+def test_search_for_damage_that_is_killed_is_a_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(streaming, "verified", killed)
+    with pytest.raises(Stopped, match="was killed, perhaps for want of memory"):
+        load(folder, on_error="skip")

@@ -39,6 +39,39 @@ def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weigh
     assert steps == sorted(set(steps)), "no step is told twice"
 
 
+STOPS = """
+from trainer import cli
+from trainer.errors import Stopped
+def main(_):
+    raise Stopped("the disk is full")
+cli.run("test", main, at_once={at_once})
+"""
+IS_STUCK = """
+import time
+from trainer.signals import StopRequest, listen
+listen(StopRequest(), lambda: 0.5)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_exit_code_stands_where_stderr_cannot_be_written(at_once: bool) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", STOPS.format(at_once=at_once)], cwd=ROOT, stderr=full, check=False)
+    assert done.returncode == 75
+
+
+def test_grace_period_ends_a_process_whose_stderr_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([sys.executable, "-c", IS_STUCK], cwd=ROOT, stdout=subprocess.PIPE, stderr=full)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 75
+
+
 # One call of tf.function, an epoch of MNIST in batches of 32, that takes far longer than a test needs to send signals.
 LONG_CALL = {
     "data_dir": "", "validation_fraction": 0, "steps_per_loop": 1875, "checkpoint_every_steps": 1875,

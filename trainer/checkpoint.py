@@ -124,24 +124,25 @@ class Checkpoints:
         """Removes checkpoints after `step`, damaged ones that training passes again, and what a crash left half written."""
         for rest in self._folder.glob(".*"):
             if self._is_chief:
-                shutil.rmtree(rest)
+                shutil.rmtree(rest, ignore_errors=True)
         for newer in self._steps("step"):
             if newer > step and self._is_chief:
-                shutil.rmtree(self._path("step", newer))
+                shutil.rmtree(self._path("step", newer), ignore_errors=True)
 
     def _write(self, path: Path, fill: Callable[[Path], None]) -> None:
         with storage.stop_when_full(f"checkpoint {path.name}", self.describe, tf.errors.OpError):
             storage.write_folder(path, fill)
 
     def _prune(self) -> None:
+        # What stays, as on NFS where somebody reads it, goes the next time: no job ends for that.
         steps = self._steps("step")
         for step in steps[: -self._keep]:
-            shutil.rmtree(self._path("step", step))
+            shutil.rmtree(self._path("step", step), ignore_errors=True)
         loops = [storage.read_json(self._path("step", step) / "loop.json") or {} for step in steps[-self._keep :]]
         used = {loop.get("best_step") for loop in loops}
         for step in self._steps("best"):
             if step not in used:
-                shutil.rmtree(self._path("best", step))
+                shutil.rmtree(self._path("best", step), ignore_errors=True)
 
     def _path(self, kind: str, step: int) -> Path:
         return self._folder / f"{kind}-{step:08d}"

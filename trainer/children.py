@@ -1,4 +1,4 @@
-"""Processes that do part of a program's work: none outlives it, none answers Ctrl-C for it."""
+"""Processes that do part of a program's work: none outlives it, none answers signals for it."""
 
 import concurrent.futures
 import contextlib
@@ -41,7 +41,9 @@ def import_tensorflow() -> None:
 
 
 def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Nor a SIGTERM that a launcher sends to the whole group: who started it decides, and it ends with that one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cluster.hide_gpus()
     prepare(*arguments)

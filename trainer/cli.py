@@ -106,14 +106,23 @@ def _import_tensorflow() -> None:
 
 def _tell(program: str, error: JobError) -> None:
     line = " ".join(str(error).split())
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    try:
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        # The exit code stands where nothing can be said, as on a full disk; Python would try again at its end, and change it.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _exit(code: int, at_once: bool) -> NoReturn:
     if at_once:
         standard_logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            # What was to be shown is a part of what was asked for.
+            code = code or EXIT_DEFECT
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

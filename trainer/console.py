@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -78,7 +79,7 @@ def print_result(result: dict[str, Any], model_dir: str) -> None:
         table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")
     table.add_row("training", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['train_seconds']:.1f} s")
     table.add_row("speed", f"{result['images_per_second']:.0f} images/s on {result['num_replicas']} x {result['strategy']}")
-    table.add_row("model", f"{model_dir}/export, {model_dir}/model.keras")
+    table.add_row("model", escape(f"{model_dir}/export, {model_dir}/model.keras"))
     if (Path(model_dir) / "report.html").exists():
-        table.add_row("report", f"{model_dir}/report.html")
+        table.add_row("report", escape(f"{model_dir}/report.html"))
     console.print(table, soft_wrap=True)

@@ -10,15 +10,17 @@ import numpy as np
 from absl import flags
 
 from trainer import cli, dataset, storage
+from trainer.config import Config
 from trainer.errors import RequestError
 
 
-def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None = None) -> dict[str, Any]:
     """Counts every example of the test set exactly once.
 
     Args:
         model_dir: folder of a finished job.
         data_dir: the data set, as `dataset.load` takes it; its images are scaled to the model's. None: the job's own.
+        on_error: "fail" or "skip" what is damaged, of prepared data. None: as the job did with its own data; else "fail".
 
     Returns:
         test_accuracy, test_loss (nats) and test_examples.
@@ -28,9 +30,11 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
     """
     # What is not there is told before TensorFlow is imported.
     storage.export_of(model_dir)
-    if data_dir is None:
-        options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
-        data_dir = str(options.get("data_dir", "")) if isinstance(options, dict) else ""
+    options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
+    job = options if isinstance(options, dict) else {}
+    own = str(job.get("data_dir", ""))
+    data_dir = own if data_dir is None else data_dir
+    config = Config(data_dir=data_dir, on_error=on_error or (str(job.get("on_error", "fail")) if data_dir == own else "fail"))
     dataset.find(data_dir)
     with cli.quiet_start():
         import tensorflow as tf
@@ -39,7 +43,8 @@ def evaluate(model_dir: str, data_dir: str | None = None) -> dict[str, Any]:
 
         model = exported.load(model_dir)
     height, width, channels = model.input_shape
-    data = dataset.load(data_dir, image_size=(height, width))
+    data = dataset.load(data_dir, image_size=(height, width), on_error=config.on_error)
+    data = loading.without_damage(config, data, ["test"])
     if data.image_shape != model.input_shape:
         raise RequestError(f"--data_dir={data_dir}: images of {data.image_shape[2]} channels, the model takes {channels}")
     if unknown := [name for name in data.class_names if name not in model.class_names]:
@@ -72,6 +77,14 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
         module_name=sys.argv[0],
     )
+    flags.DEFINE_enum(
+        "on_error",
+        None,
+        ["fail", "skip"],
+        "What to do about damaged records of a prepared test set. Not given: as the job did with its own data, else fail.",
+        flag_values=values,
+        module_name=sys.argv[0],
+    )
     flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", flag_values=values, module_name=sys.argv[0])
 
 
@@ -81,7 +94,7 @@ def main(positional: list[str]) -> None:
         raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if not flags.FLAGS.model_dir:
         raise RequestError("--model_dir must be given: the folder of a finished job")
-    result = evaluate(flags.FLAGS.model_dir, flags.FLAGS.data_dir)
+    result = evaluate(flags.FLAGS.model_dir, flags.FLAGS.data_dir, flags.FLAGS.on_error)
     if flags.FLAGS.format == "json":
         print(json.dumps(result))
     else:

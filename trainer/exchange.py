@@ -18,6 +18,8 @@ from trainer.tracing import graph
 _ROUNDS = 8
 # A batch is called large enough where exchanging takes this share of a step.
 _GOOD_SHARE = 0.2
+# As Keras's batch normalisation names them.
+_AVERAGES = ("moving_mean", "moving_variance")
 
 
 def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> float:
@@ -34,8 +36,8 @@ def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> f
     if strategy.num_replicas_in_sync == 1:
         return 0.0
     dtype, weights = exchange_dtype(config, strategy), state.model.trainable_variables
-    # Two a layer of batch normalisation: see blocks.py. It has two moving averages, [C] each.
-    averages = state.model.non_trainable_weights if config.sync_batch_norm else []
+    # Two a layer of batch normalisation: see blocks.py. It has two moving averages, [C] each; frozen weights are not exchanged.
+    averages = [weight for weight in state.model.non_trainable_weights if weight.name in _AVERAGES and config.sync_batch_norm]
 
     def replica_exchange(start: tf.Tensor) -> tf.Tensor:
         # Each all-reduce waits for the one before, as in a step, and all are needed for the value that is returned.

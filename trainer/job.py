@@ -62,14 +62,14 @@ def run(
     """
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
-    if config.data_service:
-        service.check(config.data_service, config.rendezvous_timeout)
     dataset = loading.without_damage(config, dataset)
     config = machine.with_precision(config, claim.precision(model_dir))
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
     if result := claim.finished(model_dir):
         _log.info("%s has finished already; its result stands", model_dir)
         return result
+    if config.data_service:
+        service.check(config.data_service, config.rendezvous_timeout)
     _tell(machine.inspect(config, len(environment.visible_gpus())))
     layout = choose_layout(config, cluster)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)
@@ -189,8 +189,10 @@ def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
     """Among several workers, what TensorFlow reports of a dead or silent peer is no defect of this one."""
     try:
         yield
-    except tf.errors.OpError as error:
-        if not watch.peers or not (watch.wait_for_trouble(_TROUBLE_SHOWS_WITHIN_SECS) or isinstance(error, PEER_ERRORS)):
+    except (tf.errors.OpError, RuntimeError) as error:
+        # A RuntimeError is one where a peer was lost before there was a strategy: `abort` leaves none to be made.
+        patience = _TROUBLE_SHOWS_WITHIN_SECS if isinstance(error, tf.errors.OpError) else 0
+        if not watch.peers or not (watch.wait_for_trouble(patience) or isinstance(error, PEER_ERRORS)):
             raise
         raise Stopped(watch.trouble or f"lost a peer ({storage.reason_of(error)[:200]})") from error
 

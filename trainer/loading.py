@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +14,7 @@ import tensorflow as tf
 from trainer import children, streaming
 from trainer.config import Config
 from trainer.dataset import MEMORY_BYTES, Dataset, Examples, Part
-from trainer.errors import RequestError
+from trainer.errors import RequestError, Stopped
 from trainer.records import Records
 
 _log = logging.getLogger("digitfleet")
@@ -28,23 +29,34 @@ _DAMAGE = (
 )
 
 
-def without_damage(config: Config, dataset: Dataset) -> Dataset:
+def without_damage(config: Config, dataset: Dataset, splits: Sequence[str] = ("train", "test")) -> Dataset:
     """Takes damaged records out, if `--on_error=skip` asks for it, and says which.
 
     All shards are read once, in another process: TensorFlow must not have started in this one when its devices are chosen.
 
+    Args:
+        config: says where the data is, and what to do.
+        dataset: the data.
+        splits: those to look at.
+
     Raises:
         RequestError: a shard cannot be read at all, or nothing is left.
+        Stopped: the process that reads was killed.
     """
-    parts = {name: getattr(dataset, name) for name in ("train", "test")}
+    parts = {name: getattr(dataset, name) for name in splits}
     if config.data_service and not all(isinstance(part, Records) for part in parts.values()):
         raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
     if config.on_error == "skip":
         for part in parts.values():
             for file in part.missing():
                 _log.warning("left out: %s: missing", file)
-        with children.pool(1, children.import_tensorflow) as pool:
-            found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
+        try:
+            with children.pool(1, children.import_tensorflow) as pool:
+                found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
+        except BrokenProcessPool as error:
+            raise Stopped(
+                "the process that looked for damaged records was killed, perhaps for want of memory: run the same command again"
+            ) from error
         for _, problems in found.values():
             for problem in problems:
                 _log.warning("left out: %s", problem)

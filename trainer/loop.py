@@ -157,10 +157,16 @@ class Loop:
         return bool(asked)
 
     def _check_finite(self, steps: np.ndarray) -> None:
-        bad = np.flatnonzero(~np.isfinite(steps[:, LOSS]))
+        self._refuse_infinite("the loss", steps[:, LOSS])
+        # Its step has spoiled the weights, which no loss shows before the next; float16's loss scale leaves such steps out.
+        if not hasattr(self._state.optimizer, "dynamic_scale"):
+            self._refuse_infinite("the gradient's norm", steps[:, GRADIENT_NORM])
+
+    def _refuse_infinite(self, what: str, values: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise DivergedError(
-                f"the loss is {steps[bad[0], LOSS]} at step {self._progress.step + bad[0] + 1}: lower --learning_rate or set "
+                f"{what} is {values[bad[0]]} at step {self._progress.step + bad[0] + 1}: lower --learning_rate or set "
                 f"--clip_norm; {self._checkpoints.describe()}"
             )
 

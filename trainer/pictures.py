@@ -11,6 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.errors import RequestError
 
+# No others, although Pillow reads them: it has PostScript run by another program (EPS).
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _MAX_BYTES = 32 * 2**20
 _MAX_PIXELS = 64_000_000
@@ -65,7 +67,7 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on what it can read in spite of it.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=_FORMATS) as image:
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: too large: {error}") from error
@@ -100,7 +102,7 @@ def is_gray(path: Path) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     except Exception:  # As in `load`, which will say so.
         return True

@@ -154,7 +154,7 @@ def _shard_problem(path: str, found: int | None, shard: dict[str, Any]) -> str:
         problem = f"missing, and with it {shard['num_examples']} examples"
     else:
         problem = f"{found} bytes where dataset.json says {shard['bytes']}"
-    return f"{path}: {problem}: copy it again, or train without what is damaged: --on_error=skip"
+    return f"{path}: {problem}: copy it again, or leave out what is damaged: --on_error=skip"
 
 
 def is_prepared(folder: str) -> bool:

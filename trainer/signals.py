@@ -4,6 +4,7 @@ TensorFlow holds the main thread for a whole inner loop, and Python runs signal 
 C handler, which runs at once and in any thread, wakes a thread of ours through a pipe.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -75,14 +76,16 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
 
 
 def say(text: str, stderr: TextIO | None = None) -> None:
-    """One line on stderr, whole, from any thread."""
+    """One line on stderr, whole, from any thread; what follows from it must not wait for a disk that is full."""
     stderr = stderr or sys.stderr
-    stderr.write(f"digitfleet: {text}\n")
-    stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        stderr.write(f"digitfleet: {text}\n")
+        stderr.flush()
 
 
 def end_now(reason: str, stderr: TextIO | None = None) -> None:
     """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
     say(f"{reason}; the same command goes on from the last checkpoint, if there is one", stderr)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(EXIT_STOPPED)
