@@ -36,6 +36,8 @@ TINY = {
 }  # fmt: skip
 
 set_tensorflow_defaults(-1)
+# Hundreds of processes are started here, each of which would compile our modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell starts what runs in its background with Ctrl-C ignored, and every process would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -279,6 +279,7 @@ def test_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "--only=speed: expected some of throughput" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_worker_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(report.ProgramError, match="global_batch_size=0"):
         scaling.run_pinned(["--global_batch_size=0"], 2)

@@ -57,7 +57,7 @@ def record_all_reduces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int,
     return sent
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.e2e), "mixed_bfloat16"])
 def test_what_a_step_exchanges_is_timed_and_leaves_the_weights_alone(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, before, state = train(2, 0, precision=precision)
     config = from_preset("fast", {"precision": precision, "global_batch_size": 32})
@@ -85,7 +85,12 @@ def test_frozen_weights_are_not_taken_for_statistics(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("mixed_bfloat16", "bfloat16"), ("mixed_float16", "float16"), ("float32", "float32"), ("float64", "float64")],
+    [
+        ("mixed_bfloat16", "bfloat16"),
+        ("float32", "float32"),
+        pytest.param("mixed_float16", "float16", marks=pytest.mark.e2e),
+        pytest.param("float64", "float64", marks=pytest.mark.e2e),
+    ],
 )
 def test_gradients_travel_in_the_format_of_the_computation(precision: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = record_all_reduces(monkeypatch)

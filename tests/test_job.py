@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 from trainer import dataset, evaluate, job
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
+from trainer.loop import Loop
 from trainer.ports import free_ports
 from trainer.signals import StopRequest
 
@@ -274,6 +275,33 @@ def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, 
     assert again["weights_sha256"] == whole["weights_sha256"]
 
 
+def test_validation_never_delays_a_stop_and_is_done_by_the_next_start(run_here, tmp_path: Path, monkeypatch, caplog) -> None:
+    """It may take longer than a preempted job has."""
+    caplog.set_level("INFO", "digitfleet")
+    options = {"epochs": 2, "model": "cnn", "early_stopping_patience": 1, "steps_per_loop": 16, "checkpoint_every_steps": 100}
+    stop = StopRequest()
+    stop.set("SIGTERM")
+    with pytest.raises(Stopped, match="stopped at step 16 of 32"):
+        run_here(stop, **options)
+    assert lines_of(tmp_path / "run", "validation") == []
+    end_epoch = Loop._end_epoch
+
+    def killed(loop: Loop, *given: object) -> None:
+        if loop._progress.step == 32:
+            raise ProcessLookupError("killed")
+        end_epoch(loop, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_end_epoch", killed)
+        with pytest.raises(ProcessLookupError):
+            run_here(**options)
+    assert "going on from step 16" in caplog.text
+    assert run_here(**options)["steps"] == 32
+    assert "going on from step 32" in caplog.text
+    assert [line["step"] for line in lines_of(tmp_path / "run", "validation")] == [16, 32]
+
+
+@pytest.mark.e2e
 def test_averaged_weights_of_replicas_that_normalise_for_themselves_agree(start_job) -> None:
     job = start_job(strategy="mirrored", num_devices=2, ema_decay=0.9, sync_batch_norm=False)
     assert job.wait() == 0

@@ -136,8 +136,10 @@ def test_of_a_users_model_nothing_else_works_as_in_training() -> None:
     "options",
     [
         {"early_stopping_patience": 1},
-        {"input_pipeline": "stream"},
-        *(pytest.param(options, marks=pytest.mark.e2e) for options in ({}, {"ema_decay": 0.9}, {"validation_fraction": 0.0})),
+        *(
+            pytest.param(options, marks=pytest.mark.e2e)
+            for options in ({}, {"input_pipeline": "stream"}, {"ema_decay": 0.9}, {"validation_fraction": 0.0})
+        ),
     ],
     ids=str,
 )

@@ -18,14 +18,14 @@ from trainer.signals import StopRequest
 def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weights(
     number: int, start_job, tmp_path: Path
 ) -> None:
-    options = {"deterministic": True, "epochs": 12, "augment": "affine", "dropout_rate": 0.3, "early_stopping_patience": 40}
+    options = {"deterministic": True, "epochs": 6, "augment": "affine", "dropout_rate": 0.3, "early_stopping_patience": 40}
     whole = start_job(model_dir=tmp_path / "whole", **options).finish()
     job = start_job(**options)
-    job.wait_for(lambda: job.step() >= 35, "step 35")
+    job.wait_for(lambda: job.step() >= 20, "step 20")
     job.process.send_signal(number)
     assert job.wait() == 75
     log = job.log.read_text()
-    stopped = int(re.search(r"stopped at step (\d+) of 192", log).group(1))
+    stopped = int(re.search(r"stopped at step (\d+) of 96", log).group(1))
     assert checkpoints_in(job.model_dir)[-1].name == f"step-{stopped:08d}"
     command = re.search(r"go on with: python (.*)", log).group(1)
     assert "\n" not in command

@@ -61,8 +61,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# One of each way in which replicas could differ; the rest is of the long tests.
+_FAST = ("default", "bn_cnn", "augmentation and dropout", "clipping", "average")
+
+
 @pytest.mark.parametrize(
-    ("name", "num_replicas"), [*((name, 2) for name in OPTIONS), pytest.param("bn_cnn", 4, marks=pytest.mark.e2e)]
+    ("name", "num_replicas"),
+    [
+        *((name, 2) for name in _FAST),
+        *(pytest.param(name, 2, marks=pytest.mark.e2e) for name in OPTIONS if name not in _FAST),
+        pytest.param("bn_cnn", 4, marks=pytest.mark.e2e),
+    ],
 )
 def test_step_on_several_replicas_is_the_step_on_one(name: str, num_replicas: int) -> None:
     one_totals, one_weights, one = train(1, **OPTIONS[name])
@@ -161,13 +170,14 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     assert sorted(np.argsort(waited)[-2:]) == [2, 5], waited
 
 
-@pytest.mark.parametrize("model", [pytest.param("fast_cnn", marks=pytest.mark.e2e), "bn_cnn", "deep_cnn"])
+@pytest.mark.parametrize("model", ["bn_cnn", *(pytest.param(model, marks=pytest.mark.e2e) for model in ("fast_cnn", "deep_cnn"))])
 def test_xla_computes_what_tensorflow_computes(model: str) -> None:
     plain, _, _ = train(1, model=model)
     compiled, _, _ = train(1, model=model, jit_compile=True)
     np.testing.assert_allclose(compiled, plain, rtol=1e-9)
 
 
+@pytest.mark.e2e
 def test_xla_works_on_replicas_without_synchronised_normalisation() -> None:
     plain, _, _ = train(2, sync_batch_norm=False)
     compiled, _, _ = train(2, sync_batch_norm=False, jit_compile=True)

@@ -69,6 +69,15 @@ def test_lines_after_the_step_gone_on_from_are_removed_and_so_is_a_half_line(tmp
     assert written == [*records[:2], {"step": 3, "split": "train", "loss": None}]
 
 
+def test_validation_that_is_done_again_is_not_told_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": step, "split": split} for step, split in ((1, "validation"), (2, "train"), (2, "validation"))]
+    for unvalidated, kept in ((False, records), (True, records[:2])):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        JsonLines(path, first_step=2, unvalidated=unvalidated).close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == kept
+
+
 @pytest.mark.e2e
 def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goes_on(start_job) -> None:
     """A limit on file size stands for a full disk: checkpoints do not fit, the small files do."""

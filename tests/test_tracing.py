@@ -25,10 +25,8 @@ cli.run("trainer.task", task.main, at_once=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("data", "more"),
-    [pytest.param("tiny_data", {}, marks=pytest.mark.e2e), ("tiny_records", {"on_error": "skip", "report": True})],
-)
+@pytest.mark.e2e
+@pytest.mark.parametrize(("data", "more"), [("tiny_data", {}), ("tiny_records", {"on_error": "skip", "report": True})])
 def test_job_converts_nothing_of_ours(data: str, more: dict, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     options = {**TINY, "data_dir": request.getfixturevalue(data), "model_dir": tmp_path, "epochs": 1, "ema_decay": 0.9, **more}
     command = [sys.executable, "-c", _SCRIPT, *arguments(options)]

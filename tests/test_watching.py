@@ -187,7 +187,7 @@ def test_profile_that_would_never_begin_is_refused(run_here: Any) -> None:
         run_here(profile_steps="33,40")
 
 
-def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any) -> None:
+def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any, tiny_data: Path) -> None:
     (port,) = free_ports(1)
     job = start_job(epochs=1000, metrics_port=port)
     job.wait_for(lambda: job.step() >= 20, "step 20")
@@ -204,10 +204,9 @@ def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any) -> None:
     # The first call's steps, which compile, are not counted.
     assert 0 < samples["digitfleet_step_seconds_count", ""] <= samples["digitfleet_step", ""] - 5
     assert samples["digitfleet_step_seconds_sum", ""] > 0
-    other = subprocess.run(
-        [sys.executable, "-m", "trainer.task", *arguments({**TINY, "metrics_port": port, "model_dir": f"{job.model_dir}-2"})],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    given = {**TINY, "data_dir": tiny_data, "metrics_port": port, "model_dir": f"{job.model_dir}-2"}
+    command = [sys.executable, "-m", "trainer.task", *arguments(given)]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert other.returncode == 2, other.stderr
     assert other.stderr.splitlines()[-1].startswith(f"trainer.task: --metrics_port={port}")
     assert "Traceback" not in other.stderr

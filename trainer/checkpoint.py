@@ -32,9 +32,13 @@ _OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
 
 @dataclasses.dataclass
 class Progress:
-    """Where training is: the part of its state that is no variable."""
+    """Where training is: the part of its state that is no variable.
+
+    `unvalidated`: this step is still to be validated, which comes before the next.
+    """
 
     step: int = 0
+    unvalidated: bool = False
     train_seconds: float = 0.0
     timed_images: int = 0
     timed_seconds: float = 0.0

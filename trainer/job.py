@@ -136,7 +136,9 @@ def _train(
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
     evaluate = _evaluations(state.inference, topology, sum_over_workers, keep)
     with storage.stop_when_full("the metrics", checkpoints.describe, tf.errors.OpError):
-        recording = Recording(config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief)
+        recording = Recording(
+            config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief, unvalidated=progress.unvalidated
+        )
     work = Work(
         train=steps.make_train_loop(config, state, topology.strategy),
         iterator=train_iterator(config, train_set, progress.step, topology),

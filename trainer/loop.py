@@ -87,22 +87,27 @@ class Loop:
             DivergedError: the loss is not finite.
             InconsistentError: the replicas do not hold the same weights.
         """
-        progress = self._progress
+        progress, total, validate = self._progress, self._plan.total_steps, self._work.validate
         with self._profiler:
             while not progress.finished:
                 self._profiler.at(progress.step)
-                asked = self._train_until(self._next_boundary(progress.step))
-                # The end is validated too: it may lie within an epoch, and early stopping must know of it.
-                if self._plan.is_epoch_end(progress.step) or progress.step == self._plan.total_steps:
-                    self._end_epoch()
-                progress.finished |= progress.step >= self._plan.total_steps
+                asked = False
+                if not progress.unvalidated:
+                    asked = self._train_until(self._next_boundary(progress.step))
+                    # The end is validated too: it may lie within an epoch, and early stopping must know of it.
+                    ends = self._plan.is_epoch_end(progress.step) or progress.step == total
+                    progress.unvalidated = ends and validate is not None
+                if validate and progress.unvalidated and (progress.step == total or not asked):
+                    # It may take longer than a job that is to end is given; the next start validates then.
+                    self._save()
+                    self._end_epoch(validate)
+                progress.finished |= progress.step >= total
                 if progress.finished or asked or self._is_due(progress.step):
-                    self._watch.feed(f"saving step {progress.step}")
-                    self._checkpoints.save(progress)
+                    self._save()
                 if asked and not progress.finished:
                     self._watch.feed("waiting for the others to stop")
                     self._watch.end_together()
-                    raise Stopped(f"stopped at step {progress.step} of {self._plan.total_steps}: {self._checkpoints.describe()}")
+                    raise Stopped(f"stopped at step {progress.step} of {total}: {self._checkpoints.describe()}")
         # From now on the job is finished rather than stopped.
         self._stop.trained = True
         return self._select_weights()
@@ -112,6 +117,10 @@ class Loop:
         multiples = (self._config.steps_per_loop, self._config.checkpoint_every_steps, self._config.histograms_every)
         boundaries = [(step // multiple + 1) * multiple for multiple in multiples if multiple]
         return min(*boundaries, self._plan.next_epoch_end(step), self._plan.total_steps, *self._profiler.edges(step))
+
+    def _save(self) -> None:
+        self._watch.feed(f"saving step {self._progress.step}")
+        self._checkpoints.save(self._progress)
 
     def _is_due(self, step: int) -> bool:
         return step % self._config.checkpoint_every_steps == 0
@@ -182,14 +191,12 @@ class Loop:
             values["loss_scale"] = float(optimizer.dynamic_scale.numpy())
         return values
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, validate: Evaluation) -> None:
         progress, config = self._progress, self._config
-        if self._work.validate is None:
-            return
         self._make_inference_weights()
         self._watch.feed(f"validating step {progress.step}", compiles=not self._validated)
-        totals = self._work.validate()
-        self._validated = True
+        totals = validate()
+        self._validated, progress.unvalidated = True, False
         self._write("validation", totals)
         accuracy, loss = totals[CORRECT] / totals[EXAMPLES], totals[LOSS] / totals[EXAMPLES]
         if (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss):

@@ -24,11 +24,16 @@ class JsonLines:
     """One JSON object a line, each written at once.
 
     Lines that a run going on writes again are removed first: those after its step, and the test's.
+
+    Args:
+        path: the file.
+        first_step: where the run goes on.
+        unvalidated: whether it begins with that step's validation.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, *, unvalidated: bool = False) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
+            kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step, unvalidated)]
             storage.write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed by close)
 
@@ -42,9 +47,10 @@ class JsonLines:
         self._file.close()
 
 
-def _is_before(line: str, step: int) -> bool:
+def _is_before(line: str, step: int, unvalidated: bool) -> bool:
     try:
         record = json.loads(line)
-        return bool(record["step"] <= step and record["split"] != "test")
+        again = record["split"] == "test" or (unvalidated and record["split"] == "validation" and record["step"] == step)
+        return bool(record["step"] <= step and not again)
     except (ValueError, KeyError, TypeError):
         return False  # A line that a crash cut off.

@@ -33,12 +33,15 @@ class Recording:
         first_step: where this process goes on.
         restarts: how often the run was started before.
         is_chief: whether this worker writes.
+        unvalidated: whether it begins with the validation of that step.
 
     Raises:
         RequestError: `--metrics_port` cannot be had, or the folder of event files cannot be written.
     """
 
-    def __init__(self, config: Config, total_steps: int, first_step: int, restarts: int, *, is_chief: bool) -> None:
+    def __init__(
+        self, config: Config, total_steps: int, first_step: int, restarts: int, *, is_chief: bool, unvalidated: bool = False
+    ) -> None:
         self._config, self._writers = config, list[Writer]()
         self._dashboard: Dashboard | None = None
         self._endpoint: Endpoint | None = None
@@ -61,7 +64,7 @@ class Recording:
         except (tf.errors.FailedPreconditionError, tf.errors.PermissionDeniedError) as error:
             raise RequestError(f"{model_dir / 'tensorboard'} cannot be written: {storage.reason_of(error)}") from error
         self._writers += [
-            JsonLines(model_dir / "metrics.jsonl", first_step),
+            JsonLines(model_dir / "metrics.jsonl", first_step, unvalidated=unvalidated),
             self._dashboard,
             ConsoleWriter(total_steps, first_step),
         ]
