@@ -19,7 +19,7 @@ class _Log:
     """What one pod prints, shown while it comes."""
 
     def __init__(self, command: list[str], index: int, show: Callable[[str], None]) -> None:
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         self.ended_at = ""
         self._thread = threading.Thread(target=self._read, args=(index, show), daemon=True)
         self._thread.start()
@@ -128,7 +128,7 @@ def forward(cluster: Kubectl, service: str, port: int, say: Callable[[str], None
         KubectlError: the connection cannot be made, or has ended.
     """
     command = cluster.command("port-forward", f"service/{service}", f"{port}:6006")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = []
     with _stopped_by_ctrl_c(process.kill):
         for line in process.stdout or ():

@@ -28,8 +28,10 @@ def isolate() -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        os.write(writer, _move().encode())
-        os._exit(0)
+        try:
+            os.write(writer, _move().encode())
+        finally:
+            os._exit(0)
     os.close(writer)
     with open(reader) as answer:
         reason = answer.read()

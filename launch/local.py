@@ -74,6 +74,9 @@ def main(task_arguments: list[str]) -> None:
     environments, num_devices = _share_devices(values.num_workers, devices, cluster.visible_gpus())
     extra = [] if config.model_dir else [f"--model_dir={model_dir}"]
     extra += [f"--num_devices={num_devices}"] if num_devices else []
+    outside = config.data_service or next((path for path in (config.data_dir, model_dir) if "://" in path), "")
+    if values.isolate and outside:
+        raise RequestError(f"{outside} is out of reach of workers that are kept to this machine: add --noisolate before the `--`")
     if values.isolate and (reason := isolation.isolate()):
         _say(
             f"warning: other machines may reach the workers' ports, which have no authentication (no network namespace: {reason})"

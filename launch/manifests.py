@@ -65,10 +65,12 @@ def _add(path: Path, names: Sequence[str]) -> None:
     """Adds components to a kustomization, where their order demands it."""
     kustomization = yaml.safe_load(path.read_text())
     listed = [Path(component).name for component in kustomization.get("components", [])]
-    names = sorted(set(names) - set(listed), key=(*_BEFORE, *_AFTER).index)
+    names = [*listed, *sorted(set(names) - set(listed))]
+    # The overlay's own ones, too: what `cpu` takes away of all pods must not be what `spot` has given them.
+    before, after = (sorted((name for name in names if name in order), key=order.index) for order in (_BEFORE, _AFTER))
+    listed = [name for name in listed if name not in (*before, *after)]
     first = next((index for index, name in enumerate(listed) if name in _WORKLOADS), len(listed))
-    listed[first:first] = [name for name in names if name in _BEFORE]
-    listed += [name for name in names if name in _AFTER]
+    listed = [*listed[:first], *before, *listed[first:], *after]
     kustomization["components"] = [f"../../components/{name}" for name in listed]
     path.write_text(yaml.safe_dump(kustomization))
 

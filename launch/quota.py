@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.kubectl import Object
 from launch.quantities import quantity
-from launch.workload import KINDS, main_container, num_workers
+from launch.workload import KINDS, containers, main_container, num_workers
 from trainer.errors import RequestError
 
 # Under a quota of these, pods that do not say how much they take are refused.
@@ -55,20 +55,27 @@ def _needs(objects: Sequence[Object]) -> dict[str, Decimal]:
         totals[f"count/{plural}.{group}" if group else f"count/{plural}"] += 1
         if not group:
             totals[plural] += 1
-        if kind in KINDS:
-            totals.update(_needs_of_pods(found))
+        num_pods, of_pod = _pods_of(found)
+        totals["pods"] += num_pods
+        for container in of_pod:
+            totals.update(_needs_of(container, num_pods))
     return {name: Decimal(amount) for name, amount in totals.items()}
 
 
-def _needs_of_pods(workload: Object) -> dict[str, Any]:
-    workers = num_workers(workload)
-    container = main_container(workload)
+def _pods_of(found: Object) -> tuple[int, list[Object]]:
+    """How many pods an object makes, and what runs in each."""
+    if found["kind"] in KINDS:
+        return num_workers(found), [main_container(found)]
+    return (int(found["spec"].get("replicas", 1)), list(containers(found))) if found["kind"] == "Deployment" else (0, [])
+
+
+def _needs_of(container: Object, num_pods: int) -> dict[str, Any]:
     resources = container.get("resourcesPerNode") or container.get("resources", {})
     limits, requests = resources.get("limits", {}), resources.get("requests", {})
-    totals: dict[str, Any] = {"pods": workers}
+    totals: dict[str, Any] = {}
     # What has a limit and no request requests its limit.
     for name, amount in {**limits, **requests}.items():
-        totals[f"requests.{name}"] = quantity(str(amount)) * workers
+        totals[f"requests.{name}"] = quantity(str(amount)) * num_pods
         if name in ("cpu", "memory"):
             totals[name] = totals[f"requests.{name}"]
-    return totals | {f"limits.{name}": quantity(str(amount)) * workers for name, amount in limits.items()}
+    return totals | {f"limits.{name}": quantity(str(amount)) * num_pods for name, amount in limits.items()}

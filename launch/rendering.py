@@ -1,12 +1,13 @@
 """One user's job out of an overlay's objects, with its name, image, size, volume and flags; whether all that goes together."""
 
+import math
 import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from launch import manifests
-from launch.arguments import task_config
+from launch.arguments import check_trials, task_config
 from launch.kubectl import Object
 from launch.request import Request
 from launch.workload import (
@@ -37,6 +38,8 @@ _CLAIM = "digitfleet"
 _BUCKET_CLAIM = "digitfleet-bucket"
 # What a GPU's input pipeline gets, as in k8s/base/worker.yaml; without GPUs, a worker gets as much as for one.
 _CPUS_PER_GPU, _GIB_PER_GPU = 4, 8
+# Kubernetes's own; and what a pod has after its task's --grace_period, as in k8s/base/worker.yaml, at least as on spot nodes.
+_DEFAULT_GRACE_SECS, _AFTER_GRACE_SECS, _LEAST_AFTER_GRACE_SECS = 30, 30, 5
 
 
 def render(request: Request) -> list[Object]:
@@ -102,11 +105,15 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
         _set_trials(objects, workload, request)
     _check_fit(config, workload)
     _check_paths(config, objects, workload, request.task)
+    _set_grace_period(objects, workload, config.grace_period)
+    if is_search(workload):
+        own_space = any(word.startswith("--space") for word in container["command"])
+        check_trials(_task_flags(workload, request.task), own_space=own_space)
     # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.
     given = [flag.replace("$(", "$$(") for flag in request.task]
-    flags = container.get("args", [])
-    trial = [flag for flag in flags if flag.startswith(TRIAL_FLAG)]
-    container["args"] = [*(flag for flag in flags if flag not in trial), *given, *trial]
+    of_overlay = container.get("args", [])
+    of_trial = [flag for flag in of_overlay if flag.startswith(TRIAL_FLAG)]
+    container["args"] = [*(flag for flag in of_overlay if flag not in of_trial), *given, *of_trial]
     if request.queue:
         workload["metadata"]["labels"][QUEUE] = request.queue
         suspension(workload)["suspend"] = True
@@ -132,6 +139,25 @@ def _set_resources(container: Object, request: Request) -> None:
         requests["cpu"] = request.cpus_per_worker
     if request.memory_per_worker:
         requests["memory"] = limits["memory"] = request.memory_per_worker
+
+
+def _set_grace_period(objects: list[Object], workload: Object, grace_secs: float) -> None:
+    """Gives pods the time in which their task may save; Kubernetes would otherwise end them in the middle of it.
+
+    Raises:
+        RequestError: pods are made by a runtime, which is not this job's alone, and it gives them less.
+    """
+    for found in objects:
+        for pod in manifests.walk(found) if found is workload or found["kind"] == "ClusterTrainingRuntime" else ():
+            given = pod.get("terminationGracePeriodSeconds", _DEFAULT_GRACE_SECS)
+            if not isinstance(pod.get("containers"), list) or given >= grace_secs + _LEAST_AFTER_GRACE_SECS:
+                continue
+            if found is not workload:
+                raise RequestError(
+                    f"--grace_period={grace_secs:g}: the runtime {found['metadata']['name']} ends pods after {given} s: give "
+                    f"{given - _LEAST_AFTER_GRACE_SECS} or less, or take --overlay=jobset"
+                )
+            pod["terminationGracePeriodSeconds"] = math.ceil(grace_secs) + _AFTER_GRACE_SECS
 
 
 def _set_workers(objects: list[Object], workload: Object, number: int) -> None:

@@ -14,6 +14,7 @@ from trainer.errors import RequestError
 
 _BELONGING = "services,networkpolicies,poddisruptionbudgets,configmaps"
 _CREATE = ("create", "--filename=-", "--validate=strict", "--field-manager=digitfleet")
+_MANY = "ReadWriteMany"
 # Time for an operator's webhook to see what was made just before.
 _SEEN_WITHIN_SECS = 15.0
 
@@ -51,10 +52,13 @@ def submit(
             f"{running[0]['kind']} {request.name} is there already: see `status`, give another --name, or "
             "--replace (the job saves, and goes on from its checkpoint)"
         )
+    # The cluster of the component `cpu` is one node, on which all pods can mount what one can.
+    one_node = request.overlay == "cpu" or "cpu" in request.components
+    mounts = num_workers(job) + (0 if one_node else _others_that_mount(objects))
     # A policy before those that it guards, and what trains at last.
     ours = sorted(own(objects), key=lambda found: (found is job, found["kind"] != "NetworkPolicy"))
-    missing = _missing(cluster, [found for found in objects if found not in ours], num_workers(job), say)
-    _check_surroundings(cluster, request, job)
+    missing = _missing(cluster, [found for found in objects if found not in ours], mounts, say)
+    _check_surroundings(cluster, request, job, mounts)
     quotas, has_defaults = cluster.get_if_allowed("resourcequotas"), bool(cluster.get_if_allowed("limitranges"))
     quota.check(
         [*missing, *ours], quotas, has_defaults=has_defaults, freed=[found for found in taken if not status.has_ended(found)]
@@ -128,7 +132,15 @@ def _taken(cluster: Kubectl, objects: Sequence[Object], name: str) -> list[Objec
     return list(found.values())
 
 
-def _missing(cluster: Kubectl, shared: Sequence[Object], workers: int, say: Callable[[str], None]) -> list[Object]:
+def _others_that_mount(objects: Sequence[Object]) -> int:
+    """How many pods that do not train mount a claim: those of TensorBoard and of the data service."""
+    deployments = [found for found in objects if found["kind"] == "Deployment"]
+    return sum(
+        found["spec"].get("replicas", 1) for found in deployments if any("claimName" in tree for tree in manifests.walk(found))
+    )
+
+
+def _missing(cluster: Kubectl, shared: Sequence[Object], mounts: int, say: Callable[[str], None]) -> list[Object]:
     """What jobs share and is not there yet. What is there is used as it is.
 
     Raises:
@@ -148,9 +160,10 @@ def _missing(cluster: Kubectl, shared: Sequence[Object], workers: int, say: Call
             missing.append(found)
             continue
         modes = found.get("spec", {}).get("accessModes", [])
-        if kind == "PersistentVolumeClaim" and workers > 1 and not set(modes) <= set(live[0]["spec"].get("accessModes", modes)):
+        there = live[0].get("spec", {}).get("accessModes", modes)
+        if kind == "PersistentVolumeClaim" and mounts > 1 and _MANY not in there and not set(modes) <= set(there):
             raise RequestError(
-                f"the claim {name} is there with {', '.join(live[0]['spec']['accessModes'])}, and this job needs "
+                f"the claim {name} is there with {', '.join(there)}, and this job needs "
                 f"{', '.join(modes)}: name another one with --storage"
             )
         differs = difference.show({(kind, name): live[0]}, [found])
@@ -166,7 +179,7 @@ def _missing(cluster: Kubectl, shared: Sequence[Object], workers: int, say: Call
     return missing
 
 
-def _check_surroundings(cluster: Kubectl, request: Request, job: Object) -> None:
+def _check_surroundings(cluster: Kubectl, request: Request, job: Object, mounts: int) -> None:
     """Whether the queue and the claim that the job names are there."""
     queue = job["metadata"]["labels"].get(QUEUE)
     if queue and not cluster.get("localqueues.kueue.x-k8s.io", queue):
@@ -176,8 +189,8 @@ def _check_surroundings(cluster: Kubectl, request: Request, job: Object) -> None
         if not claims:
             raise RequestError(f"--storage={request.storage}: there is no such claim in the namespace {cluster.namespace}")
         modes = claims[0]["spec"]["accessModes"]
-        if num_workers(job) > 1 and "ReadWriteMany" not in modes:
-            raise RequestError(f"--storage={request.storage} is {', '.join(modes)}: several workers need ReadWriteMany")
+        if mounts > 1 and _MANY not in modes:
+            raise RequestError(f"--storage={request.storage} is {', '.join(modes)}: {mounts} pods mount it, which takes {_MANY}")
 
 
 def _create_or_take_back(cluster: Kubectl, shared: Sequence[Object], ours: Sequence[Object]) -> None:

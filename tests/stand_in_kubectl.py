@@ -115,7 +115,7 @@ def main() -> None:
             fail(
                 f'Error from server (BadRequest): container "trainer" in pod "{words[0]}" is waiting to start: ContainerCreating'
             )
-        print(path.read_text(), end="")
+        sys.stdout.buffer.write(path.read_bytes())
     elif command == "port-forward":
         print(f"Forwarding from 127.0.0.1:{words[1].partition(':')[0]} -> 6006", flush=True)
         fail("error: lost connection to pod")

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments
+from test_steps import train
 
 from examples import resnet
 from trainer import custom
+from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
 from trainer.errors import RequestError
-from trainer.layers import training_on
+from trainer.layers import drop_by_position, training_on
 from trainer.models import inference_model, training_model, weights_of
 from trainer.presets import from_preset
 
@@ -168,6 +170,105 @@ LATE = {
     "exit": ("exit(0)", TELLS, "mine.py, line 4: SystemExit: 0"),
     "no word": ("1 / 0", TELLS, "mine.py, line 4: ZeroDivisionError: division by zero"),
 }
+
+
+OWN_LOSSES = {
+    "activity": "    x = keras.layers.Dense(3, activity_regularizer='l2')(x)\n",
+    "added": "    class L(keras.layers.Layer):\n        def call(self, x):\n            self.add_loss(keras.ops.sum(x))\n"
+    "            return x\n    x = L()(x)\n",
+}
+
+
+@pytest.mark.parametrize("kind", OWN_LOSSES)
+def test_losses_that_would_be_left_out_are_refused(kind: str, module) -> None:
+    module(START + OWN_LOSSES[kind] + END)
+    model = inference_model(from_preset("default", {"model": "mine:build"}), SHAPE, 10)
+    with pytest.raises(RequestError, match="--model=mine:build: has losses of its own, by add_loss or an activity_regularizer"):
+        custom.check_call("mine:build", model)
+
+
+DENSE = START + "    x = keras.layers.Dense(8, kernel_regularizer={regularizer})(x)\n" + END.replace(
+    "(num_classes)", "(num_classes, kernel_regularizer={regularizer})")  # fmt: skip
+
+
+def test_regularizers_of_a_networks_weights_are_trained_on_as_l2_is(module) -> None:
+    options = {"model": "mine:build", "optimizer": "sgd", "learning_rate": 0.01}
+    module(DENSE.format(regularizer=None))
+    plain, *_ = train(1, **options)
+    by_flag, weights, _ = train(1, l2=0.01, **options)
+    assert abs(by_flag - plain).max() > 1e-6
+    sys.modules.pop("mine")
+    module(DENSE.format(regularizer="keras.regularizers.L2(0.01)"))
+    for num_replicas, parts in ((1, 1), (2, 2)):
+        own, own_weights, state = train(num_replicas, gradient_accumulation_steps=parts, **options)
+        custom.check_call("mine:build", state.inference)
+        # The norm, too, is that of the whole gradient.
+        np.testing.assert_allclose(own, by_flag, rtol=1e-9)
+        for ours, theirs in zip(own_weights, weights, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+UNUSUAL = (
+    START + "    steps = keras.layers.Dense(1)(x)\n    x = keras.layers.Dense(4)(x)\n"
+    "    places = keras.layers.Embedding(4, 4)(keras.ops.cast(keras.ops.ones_like(x), 'int32') * keras.ops.arange(4))\n"
+    "    x = x + keras.ops.mean(places, axis=1) + 0 * keras.ops.stop_gradient(steps)\n" + END
+)
+
+
+def test_gradients_of_some_rows_and_of_none_are_gradients(module) -> None:
+    module(UNUSUAL)
+    options = {"model": "mine:build", "optimizer": "sgd", "learning_rate": 0.01}
+    whole, *_ = train(1, **options)
+    parts, *_ = train(2, gradient_accumulation_steps=2, **options)
+    np.testing.assert_allclose(parts, whole, rtol=1e-9)
+
+
+NOISE = START + "    x = keras.layers.GaussianNoise(0.1)(x)\n" + END
+
+
+def test_random_state_of_a_networks_own_layers_is_saved(module, tmp_path: Path) -> None:
+    module(NOISE)
+    _, _, state = train(1, 2, model="mine:build")
+    (seed,) = (variable for variable in state.model.variables if variable.name == "seed_generator_state")
+    drawn = seed.numpy()
+    checkpoints = Checkpoints(tmp_path, state, keep=1, is_chief=True)
+    checkpoints.save(Progress(step=2))
+    seed.assign(drawn + 5)
+    assert checkpoints.restore_latest().step == 2
+    np.testing.assert_array_equal(seed.numpy(), drawn)
+
+
+def test_layers_that_draw_numbers_of_their_own_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    images = keras.Input((8, 8, 1))
+    layers = [keras.layers.RandomFlip(), keras.layers.RandomTranslation(0.1, 0.1), keras.layers.GaussianNoise(0.1)]
+    x = images
+    for layer in (*layers, keras.layers.Dropout(0.1), keras.layers.Flatten()):
+        x = layer(x)
+    drop_by_position(keras.Model(images, x), 0)
+    told = [record.args[0] for record in caplog.records]
+    assert told == [layer.name for layer in layers]
+
+
+def test_dropout_that_is_called_again_drops_others() -> None:
+    values, drop = keras.Input((50,)), keras.layers.Dropout(0.5)
+    model, once = keras.Model(values, [drop(values), drop(values)]), keras.Model(values, drop(values))
+    drop_by_position(model, 0)
+    found = []
+    for called in (model, model, once):
+        with training_on(tf.range(16, dtype=tf.int64)):
+            found.append([array.numpy() for array in tf.nest.flatten(called(tf.ones([16, 50]), training=True))])
+    assert 0.4 < np.mean(found[0][0] == found[0][1]) < 0.6
+    for again, before in zip(found[1], found[0], strict=True):
+        np.testing.assert_array_equal(again, before)
+    assert any(np.array_equal(found[2][0], mask) for mask in found[0])
+
+
+def test_dropout_of_something_else_than_images_is_told() -> None:
+    values = keras.Input((50,))
+    model = keras.Model(values, keras.layers.Dropout(0.5)(keras.ops.reshape(values, (-1, 10))))
+    drop_by_position(model, 0)
+    with pytest.raises(RequestError, match=r"a Dropout has inputs \(80, 10\)"), training_on(tf.range(16, dtype=tf.int64)):
+        model(tf.ones([16, 50]), training=True)
 
 
 @pytest.mark.parametrize("kind", LATE)

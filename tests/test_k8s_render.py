@@ -240,6 +240,10 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--presett=fast",)}, "presett"),
     ({"task": ("--precision=float8",)}, "float8"),
     ({"task": ("fast",)}, "unexpected argument 'fast'"),
+    ({"overlay": "tune", "task": ("--notest",)}, "--test is no flag of a trial: the winner alone is tested"),
+    ({"overlay": "tune", "task": ("--validation_fraction=0",)}, "validation decides in a search"),
+    ({"overlay": "tune", "task": ("--learning_rate=0.01",)}, "--learning_rate is searched by the space"),
+    ({"overlay": "trainjob", "task": ("--grace_period=300",)}, "ends pods after 60 s: give 55 or less"),
     ({"task": ("--strategy=mirrored",)}, "with 2 workers: each would train alone"),
     ({"task": ("--model_dir=/tmp/x",)}, "--model_dir=/tmp/x is on no volume"),
     ({"task": ("--model_dir=runs/x",)}, "--model_dir=runs/x is on no volume"),
@@ -254,6 +258,13 @@ def test_request_that_cannot_be_is_refused(fields: dict, message: str) -> None:
     with pytest.raises(RequestError) as caught:
         render(Request(**fields))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("overlay", ["multi-worker", "jobset", "tfjob", "sweep", "spot"])
+def test_pods_have_the_time_that_their_task_may_take_to_save(overlay: str) -> None:
+    for given, expected in (((), 15 if overlay == "spot" else 60), (("--grace_period=299.5",), 330)):
+        (pod, *_) = pods.of(render(Request(overlay=overlay, task=given)))
+        assert pod.spec["terminationGracePeriodSeconds"] == expected
 
 
 def test_data_on_the_bucket_is_found_on_its_volume() -> None:

@@ -12,10 +12,13 @@ import pytest
 from conftest import ROOT
 from k8s_bench import Bench, bench, job, report, submitted
 
-from launch import difference
+from launch import difference, quota
 from launch.kubectl import explain
 from launch.quantities import quantity
+from launch.rendering import render
+from launch.request import Request
 from launch.workload import QUEUE
+from trainer.errors import RequestError
 
 
 def test_submit_creates_all_objects_after_a_check_of_all(bench: Bench) -> None:
@@ -156,6 +159,31 @@ def test_quota_counts_what_a_replaced_job_gives_back(bench: Bench) -> None:
     assert "the quota all has 8 of requests.nvidia.com/gpu left, this job needs 16" in message
     assert ("Job", "digits") in bench.names()
     assert "has 0 of" in bench.fails("submit", "--name=letters", "--gpus_per_worker=4")
+
+
+def test_quota_counts_what_runs_beside_the_workers() -> None:
+    built = render(Request(overlay="cpu", components=("data-service",), task=("--data_dir=/data/digits",)))
+    counts = {found["metadata"]["name"]: found["spec"]["replicas"] for found in built if found["kind"] == "Deployment"}
+    assert {"digitfleet-tensorboard", "digitfleet-data-dispatcher", "digitfleet-data-worker"} == set(counts)
+    room = {"metadata": {"name": "all"}, "spec": {}, "status": {"hard": {"pods": str(2 + sum(counts.values()))}}}
+    quota.check(built, [room], has_defaults=True)
+    room["status"]["used"] = {"pods": "1"}
+    with pytest.raises(RequestError, match=f"of pods left, this job needs {2 + sum(counts.values())}"):
+        quota.check(built, [room], has_defaults=True)
+    cores = {"metadata": {"name": "all"}, "spec": {}, "status": {"hard": {"requests.cpu": "1.2"}}}
+    with pytest.raises(RequestError, match=r"has 1\.2 of requests\.cpu left"):
+        quota.check(built, [cores], has_defaults=True)
+
+
+def test_volume_of_one_node_is_refused_to_a_job_whose_pods_may_be_on_several(bench: Bench) -> None:
+    bench.store({"kind": "PersistentVolumeClaim", "metadata": {"name": "disk"}, "spec": {"accessModes": ["ReadWriteOnce"]}})
+    given = ("submit", "--name=digits", "--overlay=single-node", "--storage=disk")
+    message = bench.fails(*given, "--components=tensorboard")
+    assert "--storage=disk is ReadWriteOnce: 2 pods mount it, which takes ReadWriteMany" in message
+    assert ("Job", "digits") not in bench.names()
+    bench.works(*given)
+    # One node is all that there is.
+    bench.works("submit", "--name=letters", "--overlay=cpu", "--workers=1", "--storage=disk")
 
 
 def test_what_was_made_before_an_error_is_taken_back(bench: Bench) -> None:

@@ -150,6 +150,8 @@ def test_logs_of_all_workers_have_their_number_in_front(job: Bench) -> None:
     (job.folder / "logs" / "digits-0-a").write_text("one\ntwo\n")
     (job.folder / "logs" / "digits-1-b").write_text("three\n")
     assert job.works("logs", "--name=digits") == "[0] one\n[0] two\n[1] three\n"
+    (job.folder / "logs" / "digits-1-b").write_bytes(b"caf\xe9\nthree\n")
+    assert job.works("logs", "--name=digits") == "[0] one\n[0] two\n[1] caf\ufffd\n[1] three\n"
 
 
 def test_logs_show_a_pod_that_was_started_again_under_its_old_name(job: Bench) -> None:

@@ -323,6 +323,8 @@ def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:
         (["--", "--global_batch_size=-1"], "--global_batch_size=-1"),
         (["--", "train"], "unexpected argument 'train'"),
         (["--nonsense"], "nonsense"),
+        (["--", "--data_dir=x", "--data_service=grpc://localhost:5050"], "grpc://localhost:5050 is out of reach"),
+        (["--", "--data_dir=gs://bucket/digits"], "gs://bucket/digits is out of reach"),
     ],
 )  # fmt: skip
 def test_wrong_command_lines_are_one_line_and_exit_2(argv: list[str], words: str) -> None:

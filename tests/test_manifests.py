@@ -349,6 +349,12 @@ def test_json_of_a_list_of_objects_is_what_kubectl_reads() -> None:
     assert json.loads(kubectl.objects_as_list(objects("tensorboard")))["kind"] == "List"
 
 
+def test_spot_nodes_are_tolerated_without_gpus_too() -> None:
+    for overlay, added in (("spot", ["cpu"]), ("multi-worker", ["cpu", "spot"])):
+        tolerated = {one["key"] for one in pods.of(manifests.build(overlay, added))[0].spec["tolerations"]}
+        assert tolerated == {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
+
+
 def test_data_service_finds_itself_and_reaches_the_data() -> None:
     """Ports, names and labels of its parts, and the folder that workers read from."""
     built = manifests.build("multi-worker", ["data-service"])
@@ -364,6 +370,12 @@ def test_data_service_finds_itself_and_reaches_the_data() -> None:
     assert f"--data_service={address}" in pods.flags(pods.of(built)[0])
     for mounts in (worker["spec"]["containers"][0]["volumeMounts"], pods.of(built)[0].spec["containers"][0]["volumeMounts"]):
         assert "/data" in {mount["mountPath"] for mount in mounts}
+    policies = {found["metadata"]["name"]: found["spec"] for found in built if found["kind"] == "NetworkPolicy"}
+    policy = policies["digitfleet-data"]
+    (reached,) = policy["podSelector"]["matchExpressions"]
+    (may_reach,) = policy["ingress"][0]["from"][0]["podSelector"]["matchExpressions"]
+    # The dispatcher itself gives data workers their tasks.
+    assert set(may_reach["values"]) == {"worker", *reached["values"]}
     with pytest.raises(RequestError, match="--data_service prepares records"):
         render(Request(components=("data-service",)))
     render(Request(components=("data-service",), task=("--data_dir=/data/digits",)))

@@ -306,6 +306,10 @@ WRONG = {
         lambda folder: wrong_npz(folder / "a.npz", x_train=COLOUR[..., :2], y_train=LABELS), r"shape (70, 20, 24, 2)"),
     "npz of one-hot labels": (
         lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=np.eye(7)[LABELS]), "one number from 0 on"),
+    "npz of one label": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=np.array(3)), "one number from 0 on"),
+    "npz of nothing": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY[:0], y_train=LABELS[:0]), "one number from 0 on"),
+    "npz of numbers": (
+        lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=LABELS * 10**6), "expected numbers of classes"),
     "npz of fewer labels": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=LABELS[:60]), "60 labels"),
     "csv without a heading": (lambda folder: write_text(folder / "a.csv", "a.png,3\n"), "must name the columns path and label"),
     "csv with a hole": (lambda folder: write_text(folder / "a.csv", "path,label\na.png,\n"), "line 2: expected a path"),

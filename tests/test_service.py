@@ -1,6 +1,7 @@
 """tf.data service: the same steps in the same order as without it, and a loss that is noticed."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,7 +90,9 @@ def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, 
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("address", ["localhost:5050", "grpc://localhost", "grpc://:5050", "grpc://localhost:port"])
+@pytest.mark.parametrize(
+    "address", ["localhost:5050", "grpc://localhost", "grpc://:5050", "grpc://localhost:port", "grpc://localhost:65536"]
+)
 def test_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(RequestError, match="expected grpc://HOST:PORT"):
         service.check(address)
@@ -99,6 +102,16 @@ def test_dispatcher_that_does_not_answer_is_told() -> None:
     (port,) = free_ports(1)
     with pytest.raises(Stopped, match=f"grpc://127.0.0.1:{port}: nothing answers there"):
         service.check(f"grpc://127.0.0.1:{port}")
+
+
+def test_host_that_is_none_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"--data_service=grpc://a\.\.b:5050: a\.\.b is no host"):
+        service.check("grpc://a..b:5050")
+
+
+def test_address_of_ipv6_is_understood() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+        service.check(f"grpc://[::1]:{listening.getsockname()[1]}")
 
 
 def test_data_that_is_not_prepared_is_refused(tiny_data: Path, servers: Servers, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import space, tune
+from trainer import space, trial, tune
 from trainer.errors import RequestError
 
 FLAGS = ["--preset=fast", "--validation_fraction=0.2"]
@@ -67,11 +67,11 @@ def test_wrong_space_is_refused_in_one_line_that_names_file_and_option(text: str
 )
 def test_flag_that_no_trial_can_have_is_refused_by_name(given: list[str], words: str) -> None:
     with pytest.raises(RequestError, match=re.escape(words)):
-        tune.task_of(given, space.DEFAULT)
+        tune.task_of(given, trial.DEFAULT_SPACE)
 
 
 def test_default_space_holds_the_default_configuration() -> None:
-    config, searched = tune.task_of([], space.DEFAULT)
+    config, searched = tune.task_of([], trial.DEFAULT_SPACE)
     assert set(searched) == {
         "learning_rate", "global_batch_size", "optimizer", "l2", "activation", "pooling", "dropout_rate"
     }  # fmt: skip

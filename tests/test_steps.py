@@ -184,6 +184,17 @@ def test_xla_works_on_replicas_without_synchronised_normalisation() -> None:
     np.testing.assert_allclose(compiled, plain, rtol=1e-9)
 
 
+def test_sum_over_workers_takes_one_replica_of_each() -> None:
+    """Shares of a number may not come together to it again: test examples are to be counted exactly, on any number of devices."""
+    strategy = mirrored(4)
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant([10.0**context.replica_id_in_sync_group], tf.float64)
+    )
+    # Two workers of two replicas each.
+    assert steps.make_sum_over_workers(strategy, 2)(values).numpy() == [1 + 100]
+    assert steps.make_sum_over_workers(strategy, 4)(values).numpy() == [1111]
+
+
 def test_replicas_hold_the_same_statistics_after_averaging_them() -> None:
     _, _, state = train(2, sync_batch_norm=False)
     for variable in state.model.non_trainable_variables:

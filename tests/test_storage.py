@@ -1,6 +1,8 @@
 """Writes are whole or not there, and a disk that fills up costs nothing that was saved."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -148,3 +150,24 @@ def test_patience_is_for_schedulers_that_start_workers_elsewhere() -> None:
     assert cluster.lock_patience({}) == 0
     assert cluster.lock_patience({"KUBERNETES_SERVICE_HOST": "198.18.0.1"}) > 90
     assert cluster.lock_patience({"SLURM_JOB_ID": "7"}) > 90
+
+
+def test_text_is_utf_8_and_names_are_shown_whatever_the_locale(tmp_path: Path) -> None:
+    """Of `C` without Python's own remedies, which those of Latin letters do not have."""
+    script = (
+        "import pathlib, sys\nfrom trainer import cli, storage\n"
+        "def main(given):\n    storage.write_text(pathlib.Path(given[0]), 'a \\u2192 b')\n    print('caf\\udce9 \\u2192')\n"
+        "cli.run('test', main)\n"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "caf\\udce9 \\u2192\n"
+    assert (tmp_path / "a").read_bytes() == "a \u2192 b".encode()
+
+
+def test_what_the_system_does_not_show_is_one_line() -> None:
+    with pytest.raises(RequestError, match="/data/digits/train: cannot be read: Permission denied"), storage.reading("/data"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/digits/train")

@@ -57,7 +57,10 @@ class Checkpoints:
         self._state = state
         self._keep = keep
         self._is_chief = is_chief
-        self._everything = tf.train.Checkpoint(model=state.model, optimizer=state.optimizer, inference=state.inference)
+        # What layers of a user's draw numbers from, which Keras 3.15 keeps where TensorFlow's checkpoints do not look.
+        seeds = [variable.value for variable in state.model.variables if variable.name == "seed_generator_state"]
+        more = {"seeds": seeds} if seeds else {}
+        self._everything = tf.train.Checkpoint(model=state.model, optimizer=state.optimizer, inference=state.inference, **more)
         self._best = tf.train.Checkpoint(inference=state.inference)
         self._write_everything, self._write_best = (
             _make_write(checkpoint, state) for checkpoint in (self._everything, self._best)

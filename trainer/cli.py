@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import logging as standard_logging
 import os
 import sys
@@ -34,6 +35,9 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
             pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
     """
     app.define_help_flags()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may be bytes that are no text, or text that the locale does not know; stderr is like that anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         positional = task_flags.parse(flags.FLAGS, sys.argv)[1:]
     except JobError as error:

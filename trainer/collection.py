@@ -109,8 +109,7 @@ class Files:
         """Tells the same files again, by path in the data set, size and time of change."""
         digest = hashlib.sha256(self.listing().encode())
         for path in self.paths:
-            found = path.stat() if path.exists() else None
-            digest.update(f"{found.st_size if found else 0} {found.st_mtime_ns if found else 0}\0".encode())
+            digest.update(_state_of(path))
         return digest.hexdigest()
 
     def listing(self) -> str:
@@ -119,6 +118,14 @@ class Files:
         for path in self.paths:
             digest.update(os.fsencode(os.path.relpath(path, self.root)) + b"\0")
         return digest.hexdigest()
+
+
+def _state_of(path: Path) -> bytes:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # `read` says what is wrong with it.
+        return b"0 0\0"
+    return f"{found.st_size} {found.st_mtime_ns}\0".encode()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -100,6 +100,11 @@ def check_call(name: str, model: keras.Model) -> None:
             raise RequestError(f"--model={name}: {_what_happened(error)}") from error
         if not found.is_compatible_with(logits.shape):
             raise RequestError(f"--model={name}: says that it gives {tuple(logits.shape)}, and gives {tuple(found)}")
+    if len(model.losses) > sum(bool(variable.regularizer) for variable in model.trainable_variables):
+        raise RequestError(
+            f"--model={name}: has losses of its own, by add_loss or an activity_regularizer, which would be left out: expected "
+            "regularizers of weights only"
+        )
 
 
 def _find(name: str) -> _Function:

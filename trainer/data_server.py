@@ -49,9 +49,11 @@ def main(positional: list[str]) -> None:
     try:
         if values.dispatcher:
             service.check(values.dispatcher, _PATIENCE_SECS)
+            # As a pod's address in a cluster of IPv6.
+            host = f"[{values.address}]" if ":" in values.address else values.address
             config = served.WorkerConfig(
                 dispatcher_address=values.dispatcher.removeprefix("grpc://"),
-                worker_address=f"{values.address}:{values.port}",
+                worker_address=f"{host}:{values.port}",
                 port=values.port,
             )
             server = served.WorkerServer(config)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from trainer import formats, pictures, records
+from trainer import formats, pictures, records, storage
 from trainer.collection import Collection, Images, Split
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -99,8 +99,9 @@ def find(data_dir: str) -> None:
     Raises:
         RequestError: there is none.
     """
-    if data_dir and not _is_prepared(data_dir):
-        formats.recognise(Path(data_dir))
+    with storage.reading(data_dir):
+        if data_dir and not _is_prepared(data_dir):
+            formats.recognise(Path(data_dir))
 
 
 def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None = None, *, on_error: str = "fail") -> Dataset:
@@ -116,7 +117,8 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
     Raises:
         RequestError: something is missing or damaged, or does not fit together.
     """
-    prepared = _is_prepared(data_dir)
+    with storage.reading(data_dir):
+        prepared = _is_prepared(data_dir)
     if on_error == "skip" and not prepared:
         raise RequestError(f"--on_error=skip: {data_dir or 'the embedded MNIST'} is no data set of trainer.prepare")
     if prepared:

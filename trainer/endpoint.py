@@ -42,10 +42,9 @@ class Endpoint:
         Gauge(f"{_PREFIX}total_steps", "The step that training ends at.", registry=registry).set(total_steps)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise RequestError(
-                f"--metrics_port={port}, --metrics_host={host}: cannot listen there ({error.strerror}): give others"
-            ) from error
+        except (OSError, UnicodeError) as error:
+            given, reason = f"--metrics_port={port}, --metrics_host={host}", getattr(error, "strerror", None) or error
+            raise RequestError(f"{given}: cannot listen there ({reason}): give others") from error
 
     def write(self, record: Record) -> None:
         """Shows the record's numbers."""

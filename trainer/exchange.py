@@ -18,8 +18,8 @@ from trainer.tracing import graph
 _ROUNDS = 8
 # A batch is called large enough where exchanging takes this share of a step.
 _GOOD_SHARE = 0.2
-# As Keras's batch normalisation names them.
-_AVERAGES = ("moving_mean", "moving_variance")
+# As each of Keras's layers of batch normalisation has one.
+_AVERAGE = "moving_mean"
 
 
 def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> float:
@@ -36,14 +36,16 @@ def measure(config: Config, state: State, strategy: tf.distribute.Strategy) -> f
     if strategy.num_replicas_in_sync == 1:
         return 0.0
     dtype, weights = exchange_dtype(config, strategy), state.model.trainable_variables
-    # Two a layer of batch normalisation: see blocks.py. It has two moving averages, [C] each; frozen weights are not exchanged.
-    averages = [weight for weight in state.model.non_trainable_weights if weight.name in _AVERAGES and config.sync_batch_norm]
+    # Two of each layer of batch normalisation, see blocks.py, or Keras's five in a user's network. Frozen weights are none.
+    layers = [weight for weight in state.model.non_trainable_weights if weight.name == _AVERAGE and config.sync_batch_norm]
+    rows = [1] * 5 if config.is_custom_model else [2] * 2
+    statistics = [([number, *average.shape], average.dtype) for average in layers for number in rows]
 
     def replica_exchange(start: tf.Tensor) -> tf.Tensor:
         # Each all-reduce waits for the one before, as in a step, and all are needed for the value that is returned.
         all_reduce, one = tf.distribute.get_replica_context().all_reduce, start
-        for average in averages:
-            one = all_reduce(tf.distribute.ReduceOp.SUM, tf.fill([2, *average.shape], tf.cast(one, average.dtype)))[0, 0]
+        for shape, kind in statistics:
+            one = all_reduce(tf.distribute.ReduceOp.SUM, tf.fill(shape, tf.cast(one, kind)))[0, 0]
         sums = all_reduce(tf.distribute.ReduceOp.SUM, [tf.fill(weight.shape, tf.cast(one, dtype)) for weight in weights])
         return tf.add_n([tf.cast(tf.reshape(total, [-1])[0], tf.float32) for total in sums])
 

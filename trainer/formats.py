@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import idx, pictures
+from trainer import idx, pictures, storage
 from trainer.collection import Collection, Files, Images, Split
 from trainer.errors import RequestError
 
 IDX_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
              "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+_MOST_CLASSES = 100_000
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _LOOKED_AT = 64
 
@@ -53,7 +54,11 @@ def collect(source: str, path: Path, channels: int = 0) -> Collection:
     Raises:
         RequestError: something is missing, damaged or does not fit together.
     """
-    source = recognise(path) if source == "auto" else source
+    with storage.reading(path):
+        return _collect(recognise(path) if source == "auto" else source, path, channels)
+
+
+def _collect(source: str, path: Path, channels: int) -> Collection:
     if not path.exists():
         raise RequestError(f"{path}: there is no such file or folder")
     if channels and source in ("idx", "npz"):
@@ -102,8 +107,15 @@ def _of_arrays(source: str, splits: dict[str, Split]) -> Collection:
 
 
 def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
-    """Names for classes that have none: "0" to the largest label."""
-    return tuple(str(label) for label in range(int(max(split.labels.max() for split in splits.values())) + 1))
+    """Names for classes that have none: "0" to the largest label.
+
+    Raises:
+        RequestError: it is so large that labels can be no numbers of classes.
+    """
+    largest = int(max(split.labels.max() for split in splits.values()))
+    if largest >= _MOST_CLASSES:
+        raise RequestError(f"the largest label is {largest}; expected numbers of classes, from 0 on and below {_MOST_CLASSES}")
+    return tuple(str(label) for label in range(largest + 1))
 
 
 def _from_npz(path: Path) -> Collection:
@@ -134,10 +146,12 @@ def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -
     images = images[..., np.newaxis] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise RequestError(f"{path}: x_{split} has the shape {images.shape}; expected [N, H, W] or [N, H, W, 1 or 3]")
-    labels = labels.reshape(len(labels), -1)
-    if labels.shape[1] != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+    if not labels.ndim or not labels.size:
         raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
-    if len(labels) != len(images) or not len(labels):
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] != 1 or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
+    if len(labels) != len(images):
         raise RequestError(f"{path}: {len(labels)} labels in y_{split} for the {len(images)} images of x_{split}")
     return Split(Images(images), labels[:, 0].astype(np.int64))
 
@@ -179,6 +193,8 @@ def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
         found_here = (path for path in (root / name).glob("**/*") if path.suffix.lower() in pictures.SUFFIXES)
         paths = sorted(path for path in found_here if path.is_file() and not _is_hidden(path, root))
         if not paths and root.joinpath(name).is_dir():
+            # What cannot be read, glob passes over.
+            list((root / name).iterdir())
             raise RequestError(f"{root / name}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
         found += [(path, name) for path in paths]
     return found

@@ -1,5 +1,6 @@
 """Dropout that does not depend on the topology; batch normalisation is in `blocks.py`."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from trainer.errors import RequestError
 from trainer.randomness import uniform
 
 _log = logging.getLogger("digitfleet")
@@ -18,16 +20,18 @@ _log = logging.getLogger("digitfleet")
 _replica = threading.local()
 # Of random numbers: the first layer's, and those of further ones; augmentation has 1 and 3.
 _STREAM, _FURTHER_STREAMS = 2, 16
+# More than there are layers: a layer's further calls are so far apart.
+_CALL_STREAMS = 2**20
 
 
 @contextlib.contextmanager
 def training_on(positions: tf.Tensor) -> Iterator[None]:
     """Tells layers within which examples they are called on, by position: int64 [b]."""
-    _replica.positions = positions
+    _replica.positions, _replica.calls = positions, collections.Counter[int]()
     try:
         yield
     finally:
-        del _replica.positions
+        del _replica.positions, _replica.calls
 
 
 def drop_by_position(model: keras.Model, seed: int) -> None:
@@ -44,14 +48,23 @@ def drop_by_position(model: keras.Model, seed: int) -> None:
     for layer in model._flatten_layers():
         if type(layer) is keras.layers.Dropout and layer.rate and layer.noise_shape is None:
             layer.call = functools.partial(_drop, layer.rate, seed, next(streams))
-        elif isinstance(getattr(layer, "seed_generator", None), keras.random.SeedGenerator):
+        elif any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()):
             _log.warning("note: layer %s draws numbers of its own: another topology trains another model", layer.name)
 
 
 def _drop(rate: float, seed: int, stream: int, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-    """Inputs [b, ...] with a share of `rate` dropped, the remaining values scaled by 1 / (1 - rate)."""
+    """Inputs [b, ...] with a share of `rate` dropped, the remaining values scaled by 1 / (1 - rate).
+
+    Raises:
+        RequestError: the inputs are no batch of images.
+    """
     if not training:
         return inputs
-    shape = inputs.shape[1:]
+    images, shape = _replica.positions.shape[0], inputs.shape[1:]
+    if inputs.shape[0] not in (None, images):
+        raise RequestError(f"--model: a Dropout has inputs {tuple(inputs.shape)}; expected a row for each of {images} images")
+    # A layer that is called again drops others.
+    stream += _CALL_STREAMS * _replica.calls[stream]
+    _replica.calls[stream % _CALL_STREAMS] += 1
     keep = uniform(_replica.positions, math.prod(shape), seed, stream) >= rate
     return tf.where(tf.reshape(keep, [-1, *shape]), inputs / (1 - rate), tf.zeros_like(inputs))

@@ -33,9 +33,9 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int, *, unvalidated: bool = False) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step, unvalidated)]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, first_step, unvalidated)]
             storage.write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (closed by close)
 
     def write(self, record: Record) -> None:
         """Appends a line; a value that is not finite becomes null, as JSON has none."""

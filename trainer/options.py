@@ -98,7 +98,7 @@ def read_yaml(flag: str, path: Path) -> dict[str, Any]:
         RequestError: there is no such file, or something else in it.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RequestError(f"--{flag}={path}: cannot be read: {reason}") from error

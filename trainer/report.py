@@ -46,7 +46,7 @@ def write(
         predictions: what they show.
     """
     run = storage.read_json(model_dir / "config.json") or {}
-    records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     values = {
         "name": model_dir.name,
         "result": result,

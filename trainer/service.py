@@ -41,13 +41,15 @@ def check(address: str, patience: float = 0) -> None:
         Stopped: nothing answers there.
     """
     host, _, port = address.removeprefix(_SCHEME).rpartition(":")
-    if not address.startswith(_SCHEME) or not host or not port.isdecimal():
+    if not address.startswith(_SCHEME) or not host or not port.isdecimal() or int(port) > 65_535:
         raise RequestError(f"--data_service={address}: expected {_SCHEME}HOST:PORT, the dispatcher's address")
     deadline = time.monotonic() + patience
     while True:
         try:
-            with socket.create_connection((host, int(port)), _CONNECT_SECS):
+            with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECS):
                 return
+        except UnicodeError as error:
+            raise RequestError(f"--data_service={address}: {host} is no host: {error}") from error
         except OSError as error:
             if time.monotonic() > deadline:
                 raise Stopped(f"--data_service={address}: nothing answers there ({error.strerror or error})") from error

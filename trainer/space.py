@@ -23,7 +23,6 @@ from trainer.options import read_yaml, typed
 
 Space = Mapping[str, BaseDistribution]
 
-DEFAULT = Path(__file__).with_name("space.yaml")
 # What would change the measure along with the model.
 _NOT_SEARCHED = {
     "validation_fraction": "trials of different validation sets cannot be compared",

@@ -63,7 +63,7 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
     """
     model, optimizer = state.model, state.optimizer
     num_replicas, time_of = strategy.num_replicas_in_sync, _no_time if config.deterministic else _time_of
-    gradients_fn = _make_gradients_fn(config, model, optimizer)
+    gradients_fn = _make_gradients_fn(config, model, optimizer, num_replicas)
     dtype_sent = exchange_dtype(config, strategy)
     if config.jit_compile:
         gradients_fn = graph(gradients_fn, jit_compile=True)
@@ -146,8 +146,12 @@ def exchange_dtype(config: Config, strategy: tf.distribute.Strategy) -> tf.DType
     return tf.float32 if "GPU" in strategy.extended.worker_devices[0] else tf.bfloat16
 
 
-def _make_gradients_fn(config: Config, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> GradientsFn:
-    smoothing = config.label_smoothing
+def _make_gradients_fn(
+    config: Config, model: keras.Model, optimizer: keras.optimizers.Optimizer, num_replicas: int
+) -> GradientsFn:
+    smoothing, shares = config.label_smoothing, num_replicas * config.gradient_accumulation_steps
+    # Of users' networks; `custom.check_call` refuses other losses of a model's own.
+    regularized = [variable for variable in model.trainable_variables if variable.regularizer]
 
     def gradients_fn(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape() as tape:
@@ -156,8 +160,15 @@ def _make_gradients_fn(config: Config, model: keras.Model, optimizer: keras.opti
             losses = cross_entropy(labels, logits, smoothing)
             # Over the global batch, not this replica's: the sum over replicas is then the gradient of the global mean.
             loss = tf.reduce_sum(losses) / config.global_batch_size
-            loss *= tf.cast(_loss_scale(optimizer), loss.dtype)
-        gradients = tape.gradient(loss, model.trainable_variables)
+            # Whole once all replicas and parts are added up.
+            penalties = [tf.cast(variable.regularizer(variable), loss.dtype) / shares for variable in regularized]
+            loss = tf.add_n([loss, *penalties]) * tf.cast(_loss_scale(optimizer), loss.dtype)
+        # A network may not depend on a variable, or on some rows of it only: all are added up. TensorFlow 2.21's
+        # `UnconnectedGradients.ZERO` fails with the latter.
+        gradients = [
+            tf.zeros_like(variable.value) if gradient is None else tf.convert_to_tensor(gradient)
+            for variable, gradient in zip(model.trainable_variables, tape.gradient(loss, model.trainable_variables), strict=True)
+        ]
         return _totals(losses, _correct(labels, logits), tf.ones_like(losses)), gradients
 
     return gradients_fn
@@ -188,7 +199,8 @@ def _loss_scale(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | float:
 
 
 def _is_kernel(variable: keras.Variable) -> bool:
-    return variable.name == "kernel"
+    # Also a depthwise_kernel, a pointwise_kernel.
+    return bool(variable.name.endswith("kernel"))
 
 
 def _correct(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -276,7 +288,9 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy, num_workers: int) ->
 
     def replica_sum(values: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, values / local_replicas)
+        # One replica of each worker alone: what is divided may not come together to the same whole numbers again.
+        speaks = tf.equal(context.replica_id_in_sync_group % local_replicas, 0)
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.where(speaks, values, tf.zeros_like(values)))
 
     @graph(reduce_retracing=True)
     def sum_over_workers(values: tf.Tensor) -> tf.Tensor:

@@ -98,6 +98,19 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "-
 
 
 @contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Says in one line what of a user's data cannot be read.
+
+    Raises:
+        RequestError: the system has refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{error.filename or path}: cannot be read: {reason_of(error)}") from error
+
+
+@contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[bool]:
     """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends."""
     with open(path, "a") as file:
@@ -157,10 +170,10 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replaces the file `target` by `text`."""
+    """Replaces the file `target` by `text`, in UTF-8 whatever the locale says."""
 
     def write(path: Path) -> None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
     write_file(target, write)
 
@@ -181,7 +194,7 @@ def _sync(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is none or it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

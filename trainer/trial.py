@@ -7,12 +7,24 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer import children, storage
-from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, DivergedError
+from trainer.config import Config
+from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, DivergedError, RequestError
 
 _LOOK_EVERY_SECS = 0.2
 LOG = "trial.log"
+DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
+# Flags of trainer.task that are no trial's to have.
+_REFUSED = {
+    "model_dir": "each trial has its own, STUDY_DIR/trials/NUMBER",
+    "resume": "a search that is stopped goes on",
+    "test": "the winner alone is tested, at the end",
+    "report": "the search has a report, and trials have none",
+    "target_accuracy": "trials that end early cannot be compared",
+    "metrics_port": "trials that run at once cannot share it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,31 @@ class Ending:
     kind: str
     value: float | None = None
     reason: str = ""
+
+
+def check_options(options: Mapping[str, Any], config: Config, searched: Mapping[str, Any], space: Path) -> None:
+    """Whether a search can have these options for all of its trials.
+
+    Args:
+        options: flags of trainer.task that were given, by name.
+        config: what they make.
+        searched: what the space has, by name.
+        space: its file.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if refused := [name for name in _REFUSED if name in options]:
+        raise RequestError(f"--{refused[0]} is no flag of a trial: {_REFUSED[refused[0]]}")
+    if config.strategy == "multi_worker":
+        raise RequestError("--strategy=multi_worker: a trial trains in one process; start this command on every machine instead")
+    if not config.validation_fraction:
+        preset = "" if "validation_fraction" in options else f" (preset {config.preset})"
+        raise RequestError(
+            f"--validation_fraction=0{preset}: validation decides in a search: give --validation_fraction=0.1 after the `--`"
+        )
+    if twice := [name for name in options if name in searched]:
+        raise RequestError(f"--{twice[0]} is searched by the space {space}: leave the flag out, or give a --space without it")
 
 
 def attempt(
@@ -86,7 +123,7 @@ def validation_accuracies(path: Path) -> list[float]:
     """The accuracy of each validation so far, one an epoch, from a metrics.jsonl that is being written."""
     try:
         # What follows the last line break is half a line.
-        lines = path.read_text().split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except OSError:
         return []
     records = [json.loads(line) for line in lines if '"validation"' in line]
@@ -94,7 +131,7 @@ def validation_accuracies(path: Path) -> list[float]:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
 

@@ -26,15 +26,6 @@ from trainer.trial import Ending
 _LOOK_EVERY_SECS = 0.5
 # What a trial needs to end after its grace period, and this process after it.
 _END_SECS = 5.0
-# Flags of trainer.task that are no trial's to have.
-_REFUSED = {
-    "model_dir": "each trial has its own, STUDY_DIR/trials/NUMBER",
-    "resume": "a search that is stopped goes on",
-    "test": "the winner alone is tested, at the end",
-    "report": "the search has a report, and trials have none",
-    "target_accuracy": "trials that end early cannot be compared",
-    "metrics_port": "trials that run at once cannot share it",
-}
 
 
 class Runner:
@@ -131,19 +122,10 @@ def task_of(arguments: Sequence[str], path: Path) -> tuple[Config, dict[str, Any
         RequestError: one of them cannot be met, or they contradict each other.
     """
     options = task_flags.task_options(arguments, flags.FLAGS)
-    if refused := [name for name in _REFUSED if name in options]:
-        raise RequestError(f"--{refused[0]} is no flag of a trial: {_REFUSED[refused[0]]}")
     config = task_flags.with_options(options)
-    if config.strategy == "multi_worker":
-        raise RequestError("--strategy=multi_worker: a trial trains in one process; start this command on every machine instead")
-    if not config.validation_fraction:
-        preset = "" if "validation_fraction" in options else f" (preset {config.preset})"
-        raise RequestError(
-            f"--validation_fraction=0{preset}: validation decides in a search: give --validation_fraction=0.1 after the `--`"
-        )
+    trial.check_options(options, config, {}, path)
     searched = space.read(path, lambda values: task_flags.with_options({**options, **values}))
-    if twice := [name for name in options if name in searched]:
-        raise RequestError(f"--{twice[0]} is searched by the space {path}: leave the flag out, or give a --space without it")
+    trial.check_options(options, config, searched, path)
     return config, searched
 
 
@@ -176,7 +158,7 @@ def main(positional: list[str]) -> None:
     if not flags.FLAGS.study_dir:
         raise RequestError("--study_dir must be given: the folder of the search")
     folder = Path(flags.FLAGS.study_dir)
-    config, searched = task_of(positional, Path(flags.FLAGS.space or space.DEFAULT))
+    config, searched = task_of(positional, Path(flags.FLAGS.space or trial.DEFAULT_SPACE))
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period + 2 * _END_SECS)
     sha256 = dataset.load_for(config).sha256
