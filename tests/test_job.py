@@ -256,7 +256,7 @@ def test_peer_lost_before_there_is_a_strategy_is_no_defect_of_this_worker(peers:
 
 
 def test_finished_job_tells_its_result_when_its_data_service_is_gone(run_here, tiny_records: Path) -> None:
-    options = {"data_dir": str(tiny_records), "max_steps": 1, "rendezvous_timeout": 1}
+    options = {"data_dir": str(tiny_records), "model": "cnn", "max_steps": 1, "rendezvous_timeout": 1}
     result = run_here(**options)
     (port,) = free_ports(1)
     assert run_here(**options, data_service=f"grpc://127.0.0.1:{port}") == result

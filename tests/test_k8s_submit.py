@@ -223,7 +223,7 @@ def test_queue_and_claim_have_to_be_there(bench: Bench) -> None:
     assert "--storage=shared: there is no such claim" in bench.fails("submit", "--storage=shared")
     claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "shared"}, "spec": {"accessModes": ["ReadWriteOnce"]}}
     bench.store(claim)
-    assert "--storage=shared is ReadWriteOnce: several workers need ReadWriteMany" in bench.fails("submit", "--storage=shared")
+    assert "--storage=shared is ReadWriteOnce: 2 pods mount it" in bench.fails("submit", "--storage=shared")
     (bench.folder / "unknown").write_text("localqueues")
     assert "this cluster does not know localqueues" in bench.fails("submit", "--queue=gpus")
 

@@ -20,7 +20,7 @@ from launch.arguments import task_config
 from launch.quantities import quantity
 from launch.rendering import render
 from launch.request import Request
-from trainer import cluster, space, tune
+from trainer import cluster, trial, tune
 from trainer import flags as task_flags
 from trainer.errors import RequestError
 
@@ -248,7 +248,7 @@ def test_pods_of_a_search_share_it() -> None:
     tune.define_flags(values)
     assert task_flags.parse(values, command[4:])[1:] == pods.flags(started[0])
     assert values["study_dir"].value == "/data/runs/digitfleet"
-    config, searched = tune.task_of(pods.flags(started[0]), space.DEFAULT)
+    config, searched = tune.task_of(pods.flags(started[0]), trial.DEFAULT_SPACE)
     assert searched
     # The trial's end, and then the search's.
     assert config.grace_period + 10 < started[0].spec["terminationGracePeriodSeconds"]
