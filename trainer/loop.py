@@ -94,9 +94,7 @@ class Loop:
                 asked = False
                 if not progress.unvalidated:
                     asked = self._train_until(self._next_boundary(progress.step))
-                    # The end is validated too: it may lie within an epoch, and early stopping must know of it.
-                    ends = self._plan.is_epoch_end(progress.step) or progress.step == total
-                    progress.unvalidated = ends and validate is not None
+                    progress.unvalidated = validate is not None and self._is_epoch_end(progress.step)
                 if validate and progress.unvalidated and (progress.step == total or not asked):
                     # It may take longer than a job that is to end is given; the next start validates then.
                     self._save()
@@ -125,6 +123,10 @@ class Loop:
     def _is_due(self, step: int) -> bool:
         return step % self._config.checkpoint_every_steps == 0
 
+    def _is_epoch_end(self, step: int) -> bool:
+        # The end is validated too: it may lie within an epoch, and early stopping must know of it.
+        return self._plan.is_epoch_end(step) or step == self._plan.total_steps
+
     def _train_until(self, boundary: int) -> bool:
         """Trains up to `boundary`, writes a record, and returns whether any worker was asked to stop."""
         progress, started = self._progress, time.perf_counter()
@@ -135,7 +137,7 @@ class Loop:
         if not self._config.sync_batch_norm:
             self._work.average_statistics()
         # What all workers must know travels in one sum: each step's numbers, who is asked to stop, the checksums.
-        compared = self._is_due(boundary) or boundary == self._plan.total_steps
+        compared = self._is_due(boundary) or self._is_epoch_end(boundary)  # What is saved then is good.
         checksums = self._agreement.checksums() if compared else np.zeros([0])
         values = np.concatenate([np.ravel(local), [float(bool(self._stop.name))], checksums])
         totals = self._work.sum_over_workers(tf.constant(values)).numpy()

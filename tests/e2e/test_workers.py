@@ -191,7 +191,8 @@ loop.Loop._train_until = with_a_flipped_bit
     chief, patched, log = start_with_patched_worker(patch, checkpoint_every_steps=10)
     assert (chief.wait(120), patched.wait(120)) == (1, 1)
     for text in (chief.log.read_text(), log.read_text()):
-        assert re.search(r"at step 20 the weights of worker 1 \(127\S+\) are not those of the other replicas", text), text
+        # At the end of the epoch, where the state is saved before it is validated.
+        assert re.search(r"at step 16 the weights of worker 1 \(127\S+\) are not those of the other replicas", text), text
         assert "Traceback" not in text
     assert sorted(path.name for path in (chief.model_dir / "checkpoints").glob("step-*")) == ["step-00000010"]
 
