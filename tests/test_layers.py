@@ -99,7 +99,9 @@ def test_elastic_displacements_are_exact_in_whatever_order_they_are_added() -> N
     rows, columns = (np.round(2**16 * augmentation._splines(size).numpy()).astype(np.int64) for size in (28, 20))
     # In whole numbers nothing is rounded at all.
     expected = np.einsum("yi,bdij,xj->bdyx", rows, controls, columns) / 2**50
-    np.testing.assert_array_equal(augmentation._displacements(positions, (28, 20), 0), expected.astype(np.float32))
+    np.testing.assert_array_equal(augmentation._displacements(positions, (28, 20), 0, 3.0), expected.astype(np.float32))
+    # In proportion to how far they may go.
+    np.testing.assert_allclose(augmentation._displacements(positions, (28, 20), 0, 1.5), expected / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])

@@ -184,6 +184,15 @@ def test_xla_works_on_replicas_without_synchronised_normalisation() -> None:
     np.testing.assert_allclose(compiled, plain, rtol=1e-9)
 
 
+def test_displacements_are_as_large_as_asked_for() -> None:
+    few, usual, default = (
+        train(1, 1, model="cnn", augment="elastic", **options)[0][0, steps.LOSS]
+        for options in ({"elastic_pixels": 0.5}, {"elastic_pixels": 3}, {})
+    )
+    assert usual == default
+    assert abs(few - usual) > 1e-6
+
+
 def test_sum_over_workers_takes_one_replica_of_each() -> None:
     """Shares of a number may not come together to it again: test examples are to be counted exactly, on any number of devices."""
     strategy = mirrored(4)

@@ -15,13 +15,13 @@ _MAX_SHIFT_PIXELS = 2
 _MAX_ROTATION_RADIANS = math.radians(10)
 _MAX_SCALE = 0.1
 _MAX_SHEAR = 0.1
-# Elastic: control points along each side, and how far each moves.
+# Elastic: control points along each side, and how far each moves where nothing else is said.
 _GRID = 5
-_MAX_DISPLACEMENT_PIXELS = 3.0
+ELASTIC_PIXELS = 3.0
 _STREAM, _ELASTIC_STREAM = 1, 3
 
 
-def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf.Tensor:
+def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int, elastic_pixels: float = ELASTIC_PIXELS) -> tf.Tensor:
     """Moves and deforms each image a little.
 
     Args:
@@ -30,6 +30,7 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
         kind: "none", "shift" (whole pixels), "affine" (shift, rotation, scale, shear; bilinear) or "elastic" (local
             displacements, then affine).
         seed: the job's seed.
+        elastic_pixels: how far control points of elastic displacements move at most; up to 4.
 
     Returns:
         float32 [b, H, W, C].
@@ -50,18 +51,18 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int) -> tf
     # Rotation x shear x scale, in (x, y).
     matrix = (width * cosine, height * (shear * cosine - sine), width * sine, height * (shear * sine + cosine))
     elastic = kind == "elastic"
-    displacements = _displacements(positions, images.shape[1:3], seed) if elastic else tf.zeros([1, 2, 1, 1])
+    displacements = _displacements(positions, images.shape[1:3], seed, elastic_pixels) if elastic else tf.zeros([1, 2, 1, 1])
     return _resample(images, matrix, signed[:, :2] * _MAX_SHIFT_PIXELS, displacements)
 
 
-def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int) -> tf.Tensor:
+def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int, most: float) -> tf.Tensor:
     """Smooth random displacements in (x, y), float32 [b, 2, H, W] in pixels: cubic B-splines over random control points.
 
     Matrix products add in an order that depends on the size of the batch and on the CPU. Their factors are multiples of 2^-18
-    and 2^-16 below 4 and 1, so that all of their sums have less than the 53 bits of float64, and every order gives the same.
+    and 2^-16 up to 4 and 1, so that all of their sums have less than the 53 bits of float64, and every order gives the same.
     """
     controls = tf.cast(2 * uniform(positions, 2 * _GRID * _GRID, seed, _ELASTIC_STREAM) - 1, tf.float64)
-    controls = tf.round(_MAX_DISPLACEMENT_PIXELS * 2**18 * tf.reshape(controls, [-1, 2, _GRID, _GRID])) / 2**18
+    controls = tf.round(most * 2**18 * tf.reshape(controls, [-1, 2, _GRID, _GRID])) / 2**18
     return tf.cast(tf.einsum("yi,bdij,xj->bdyx", _splines(size[0]), controls, _splines(size[1])), tf.float32)
 
 

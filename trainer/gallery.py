@@ -38,7 +38,7 @@ def draw(config: Config, model: keras.Model, predictions: Predictions, train_set
     """
     drawn = figures.of_predictions(predictions)
     samples = tf.constant(loading.some_images(train_set, _NUM_SAMPLES), tf.float32)
-    samples = augment(samples, tf.range(len(samples), dtype=tf.int64), config.augment, config.seed)
+    samples = augment(samples, tf.range(len(samples), dtype=tf.int64), config.augment, config.seed, config.elastic_pixels)
     drawn["augmented_input"] = drawing.pictures(np.clip(samples.numpy(), 0, 255))
     convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     if convolutions:

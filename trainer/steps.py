@@ -70,7 +70,8 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         dtype = tf.float64 if config.precision == "float64" else tf.float32
-        images = tf.cast(augment(tf.cast(images, tf.float32), positions, config.augment, config.seed), dtype)
+        images = augment(tf.cast(images, tf.float32), positions, config.augment, config.seed, config.elastic_pixels)
+        images = tf.cast(images, dtype)
         parts = config.gradient_accumulation_steps
         totals = tf.zeros([3], tf.float64)
         gradients: list[tf.Tensor] = []
