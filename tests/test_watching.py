@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from trainer import drawing, figures, pages, report, storage
 from trainer.config import Config
 from trainer.dashboard import Dashboard
+from trainer.endpoint import Endpoint
 from trainer.errors import RequestError, Stopped
 from trainer.ports import free_ports
 from trainer.predictions import Predictions
@@ -210,6 +211,19 @@ def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any, tiny_data
     assert other.returncode == 2, other.stderr
     assert other.stderr.splitlines()[-1].startswith(f"trainer.task: --metrics_port={port}")
     assert "Traceback" not in other.stderr
+
+
+def test_older_weights_that_are_tested_do_not_turn_the_step_back() -> None:
+    (port,) = free_ports(1)
+    endpoint = Endpoint("127.0.0.1", port, restarts=0, total_steps=30)
+    try:
+        for step, split in ((30, "validation"), (20, "test")):
+            endpoint.write({"step": step, "epoch": step / 10, "split": split, "loss": 0.5, "accuracy": 0.75})
+        text = get(f"http://127.0.0.1:{port}/metrics").decode()
+    finally:
+        endpoint.close()
+    assert all(line in text.splitlines() for line in ("digitfleet_step 30.0", "digitfleet_epoch 3.0"))
+    assert 'digitfleet_accuracy{split="test"} 0.75' in text
 
 
 @pytest.mark.parametrize(

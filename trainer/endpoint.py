@@ -48,8 +48,10 @@ class Endpoint:
 
     def write(self, record: Record) -> None:
         """Shows the record's numbers."""
-        self._step.set(record["step"])
-        self._epoch.set(record["epoch"])
+        # The weights that are tested may be older ones.
+        if record["split"] != "test":
+            self._step.set(record["step"])
+            self._epoch.set(record["epoch"])
         for name, gauge in self._gauges.items():
             if record.get(name) is not None:
                 gauge.labels(record["split"]).set(record[name])
