@@ -240,7 +240,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--presett=fast",)}, "presett"),
     ({"task": ("--precision=float8",)}, "float8"),
     ({"task": ("fast",)}, "unexpected argument 'fast'"),
-    ({"overlay": "tune", "task": ("--notest",)}, "--test is no flag of a trial: the winner alone is tested"),
+    ({"overlay": "tune", "task": ("--notest",)}, "--notest is no flag of a trial: the winner alone is tested"),
     ({"overlay": "tune", "task": ("--validation_fraction=0",)}, "validation decides in a search"),
     ({"overlay": "tune", "task": ("--learning_rate=0.01",)}, "--learning_rate is searched by the space"),
     ({"overlay": "trainjob", "task": ("--grace_period=300",)}, "ends pods after 60 s: give 55 or less"),

@@ -115,6 +115,7 @@ def test_damaged_records_alone_are_skipped_and_counted(folder: Path, caplog: pyt
     assert len(found.train) == NUM - 5
     assert images_in(found.train) < {image.tobytes() for image in PIXELS}
     assert found.skipped == 5
+    assert found.description.endswith(f"; 5 damaged or missing ones are left out, and these remain: {NUM - 5} train, 40 test")
     assert found.sha256 != load(write(folder.parent / "whole")).sha256
 
 

@@ -62,6 +62,15 @@ def test_exit_code_stands_where_stderr_cannot_be_written(at_once: bool) -> None:
     assert done.returncode == 75
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_output_that_nobody_can_read_is_told(at_once: bool) -> None:
+    script = f"from trainer import cli\ncli.run('test', lambda _: cli.show('a'), at_once={at_once})\n"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "test: what is printed cannot be written: No space left on device\n")
+
+
 def test_grace_period_ends_a_process_whose_stderr_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.Popen([sys.executable, "-c", IS_STUCK], cwd=ROOT, stdout=subprocess.PIPE, stderr=full)

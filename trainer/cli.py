@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from trainer import cluster
 from trainer import flags as task_flags
-from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError
+from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError, RequestError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
@@ -106,6 +106,18 @@ def _import_tensorflow() -> None:
         gc.enable()
         for name in absent:
             del sys.modules[name]
+
+
+def show(line: str) -> None:
+    """Prints a line that was asked for.
+
+    Raises:
+        RequestError: nobody can read it: the disk is full, or the reader has gone.
+    """
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        raise RequestError(f"what is printed cannot be written: {error.strerror}") from error
 
 
 def _tell(program: str, error: JobError) -> None:

@@ -150,7 +150,7 @@ class Config:
         "10 degrees, scale and shear up to 10 %. elastic: also smooth local displacements of about a pixel.",
         choices=("none", "shift", "affine", "elastic"),
     )
-    elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels.", above=0, at_most=4)
+    elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels; up to 4.", above=0, at_most=4)
     precision: str = option(
         "float32",
         "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling. auto: "

@@ -96,9 +96,9 @@ def main(positional: list[str]) -> None:
         raise RequestError("--model_dir must be given: the folder of a finished job")
     result = evaluate(flags.FLAGS.model_dir, flags.FLAGS.data_dir, flags.FLAGS.on_error)
     if flags.FLAGS.format == "json":
-        print(json.dumps(result))
+        cli.show(json.dumps(result))
     else:
-        print(f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}  of {result['test_examples']} examples")
+        cli.show(f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}  of {result['test_examples']} examples")
 
 
 if __name__ == "__main__":

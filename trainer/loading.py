@@ -69,7 +69,8 @@ def without_damage(config: Config, dataset: Dataset, splits: Sequence[str] = ("t
     digest = hashlib.sha256(dataset.sha256.encode())
     for part in records:
         digest.update(part.segments.tobytes())
-    description = f"{dataset.description}; {skipped} damaged ones are left out"
+    left = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    description = f"{dataset.description}; {skipped} damaged or missing ones are left out, and these remain: {left}"
     return dataclasses.replace(dataset, **parts, skipped=skipped, sha256=digest.hexdigest(), description=description)
 
 

@@ -54,9 +54,9 @@ def main(positional: list[str]) -> None:
         raise RequestError("no image given: python -m trainer.predict --model_dir D FILE...")
     for prediction in predict(flags.FLAGS.model_dir, [Path(argument) for argument in positional]):
         if flags.FLAGS.format == "json":
-            print(json.dumps(prediction))
+            cli.show(json.dumps(prediction))
         else:
-            print(f"{prediction['file']}: {prediction['class_name']}  ({prediction['probability']:.1%})")
+            cli.show(f"{prediction['file']}: {prediction['class_name']}  ({prediction['probability']:.1%})")
 
 
 if __name__ == "__main__":

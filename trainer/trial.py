@@ -56,7 +56,8 @@ def check_options(options: Mapping[str, Any], config: Config, searched: Mapping[
         RequestError: it cannot.
     """
     if refused := [name for name in _REFUSED if name in options]:
-        raise RequestError(f"--{refused[0]} is no flag of a trial: {_REFUSED[refused[0]]}")
+        no = "no" if options[refused[0]] is False else ""
+        raise RequestError(f"--{no}{refused[0]} is no flag of a trial: {_REFUSED[refused[0]]}")
     if config.strategy == "multi_worker":
         raise RequestError("--strategy=multi_worker: a trial trains in one process; start this command on every machine instead")
     if not config.validation_fraction:
