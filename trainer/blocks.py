@@ -23,6 +23,7 @@ from trainer.passes import (
     spread,
     spread_pooled,
     sum_gradients,
+    values_per_channel,
 )
 
 
@@ -34,6 +35,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         momentum: of the moving averages.
         dtype: policy; statistics are float32 at least.
     """
+
+    _within_xla = False
 
     def __init__(self, *, over_replicas: bool, momentum: float, dtype: str) -> None:
         super().__init__(momentum=momentum, dtype=dtype)
@@ -62,7 +65,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             outputs = scale(inputs, mean, variance, gamma, beta, self.epsilon, inputs.dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-                sums = sum_gradients(upstream, inputs, mean, variance, self.epsilon)
+                sums = self._sum_gradients(upstream, inputs, mean, variance)
                 statistics = gamma, mean, variance, self._mean_gradients(sums, inputs)
                 return spread(upstream, inputs, statistics, self.epsilon), sums[1], sums[0]
 
@@ -70,16 +73,17 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 
         return normalize(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
 
+    def _sum_gradients(self, upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
+        return sum_gradients(upstream, values, mean, variance, self.epsilon, within_xla=self._within_xla)
+
     def _mean_gradients(self, sums: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         """The sums of `sum_gradients` as means over the values of all replicas."""
-        return self._mean_over_replicas(sums / tf.cast(tf.size(values) // tf.shape(values)[-1], sums.dtype))
+        return self._mean_over_replicas(sums / values_per_channel(values, sums.dtype))
 
     def _statistics(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and biased variance of each channel over all replicas, [C] each."""
-        mean, variance = own_moments(values)
-        if self._num_replicas() == 1:
-            return mean, variance
-        return self._over_replicas_moments(mean, variance + mean * mean)
+        sums = add_up_in(values)
+        return self._over_replicas_moments(*moments(sums, values_per_channel(values, sums.dtype.real_dtype)))
 
     def _over_replicas_moments(self, mean: tf.Tensor, square: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and biased variance over all replicas, from this one's mean and mean square."""
@@ -109,7 +113,7 @@ class NormalizationAndPooling(FusedBatchNormalization):
         over_replicas: statistics over all replicas.
         momentum: of the moving averages.
         dtype: policy; statistics are float32 at least.
-        within_xla: whether XLA compiles the whole model.
+        within_xla: whether XLA compiles the whole model, of one replica.
     """
 
     def __init__(self, *, over_replicas: bool, momentum: float, dtype: str, within_xla: bool = False) -> None:
@@ -143,7 +147,7 @@ class NormalizationAndPooling(FusedBatchNormalization):
             outputs = scale(chosen, mean, variance, gamma, beta, self.epsilon, values.dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-                sums = sum_gradients(upstream, chosen, mean, variance, self.epsilon)
+                sums = self._sum_gradients(upstream, chosen, mean, variance)
                 statistics = gamma, mean, variance, self._mean_gradients(sums, values)
                 return spread_pooled(upstream, values, chosen, statistics, self.epsilon), sums[1], sums[0]
 
@@ -152,7 +156,5 @@ class NormalizationAndPooling(FusedBatchNormalization):
         return normalize(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
 
     def _statistics(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # In 16 bits `own_moments` is quicker: XLA converts slowly. A whole model in XLA takes no complex numbers apart.
-        if values.dtype.size > 2 and not self._within_xla:
-            return self._over_replicas_moments(*moments(add_up_in(values)))
-        return super()._statistics(values)
+        # A whole model in XLA takes no complex numbers apart.
+        return own_moments(values) if self._within_xla else super()._statistics(values)

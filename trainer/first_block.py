@@ -22,7 +22,6 @@ from trainer.passes import (
     gradient_of_window,
     moments,
     scale,
-    sum_gradients,
     wide,
 )
 
@@ -64,11 +63,12 @@ class FirstBlock(NormalizationAndPooling):
         @tf.custom_gradient
         def block(images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
             chosen = _choose(images, kernel, bias, gamma)
-            mean, variance = self._over_replicas_moments(*moments(_sums(images, kernel, bias)))
+            sums = _sums(images, kernel, bias)
+            mean, variance = self._over_replicas_moments(*moments(sums, tf.cast(tf.size(images), bias.dtype)))
             outputs = scale(chosen, mean, variance, gamma, beta, epsilon, dtype)
 
             def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
-                sums = sum_gradients(upstream, chosen, mean, variance, epsilon)
+                sums = self._sum_gradients(upstream, chosen, mean, variance)
                 # A chosen value stands for the four of its window.
                 statistics = gamma, mean, variance, self._mean_gradients(sums / len(PLACES), chosen)
                 sizes = _part_sizes(images.shape[0])

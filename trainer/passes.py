@@ -18,7 +18,7 @@ from trainer.tracing import graph
 # The places of a 2x2 window, as (row, column).
 PLACES = [(row, column) for row in range(2) for column in range(2)]
 _WINDOW = len(PLACES)
-# Rows are summed in this many lanes first: XLA's CPU backend does not vectorise a sum over leading dimensions.
+# So many parts of a batch are added up first: XLA's CPU backend does not vectorise a sum over leading dimensions.
 _LANES = 8
 
 
@@ -100,27 +100,42 @@ def _place(chosen: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
 
 
 def add_up(candidates: list[tf.Tensor]) -> tf.Tensor:
-    """The sum of each window's values and of their squares, for `moments`: complex [b, h, w, C], from [b, h, w, C] each.
+    """The candidates' sum and that of their squares, for `moments`: complex, of the shape that each of them has.
 
     As the parts of a complex number, because XLA's CPU backend gives one output a loop.
     """
     return tf.complex(tf.add_n(candidates), tf.add_n([candidate * candidate for candidate in candidates]))
 
 
+def _lanes(values: tf.Tensor) -> list[tf.Tensor]:
+    """Values [..., C] in up to `_LANES` equal parts, [n, C] each, to be added up."""
+    channels, size = values.shape[-1], values.shape.num_elements()
+    count = math.gcd(size // channels, _LANES) if size else 1
+    return [wide(lane) for lane in tf.unstack(tf.reshape(values, [count, -1, channels]))]
+
+
 @compiled
 def add_up_in(values: tf.Tensor) -> tf.Tensor:
-    """`add_up` of the windows of values [b, H, W, C]."""
-    windows = _windows(values)
-    return add_up([windows[:, :, row, :, column] for row, column in PLACES])
+    """`add_up` of values [..., C], a part of them for another: complex [n, C]."""
+    return add_up(_lanes(values))
 
 
-def moments(sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and mean square of each channel over all windows, [C] each; see `add_up`."""
+def _sum_columns(sums: tf.Tensor) -> tf.Tensor:
+    """Both parts of complex [..., C] summed over all but the channels: [2, C]."""
     channels, parts = sums.shape[-1], tf.bitcast(sums, sums.dtype.real_dtype)
     # This kernel adds up columns, and nothing else does it as quickly.
     columns = tf.raw_ops.BiasAddGrad(out_backprop=tf.reshape(parts, [-1, 2 * channels]))
-    count = _WINDOW * tf.cast(tf.size(sums) // channels, columns.dtype)
-    mean, square = tf.unstack(tf.reshape(columns, [-1, 2]) / count, axis=1)
+    return tf.transpose(tf.reshape(columns, [-1, 2]))
+
+
+def values_per_channel(values: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """How many values [..., C] each channel has."""
+    return tf.cast(tf.size(values) // values.shape[-1], dtype)
+
+
+def moments(sums: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and mean square of each channel, [C] each, of so many values a channel; see `add_up`."""
+    mean, square = tf.unstack(_sum_columns(sums) / count)
     return mean, square
 
 
@@ -138,21 +153,34 @@ def scale(
     return tf.cast((wide(values) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, dtype)
 
 
+def sum_gradients(
+    upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, epsilon: float, *, within_xla: bool
+) -> tf.Tensor:
+    """The gradients of beta and of gamma over this replica, [2, C].
+
+    Args:
+        upstream: gradient of what is normalised, [..., C].
+        values: before normalisation, [..., C].
+        mean: of the values, [C].
+        variance: of the values, [C].
+        epsilon: of the normalisation.
+        within_xla: whether XLA compiles the whole model.
+    """
+    sums = _add_up_gradients(upstream, values, mean)
+    if within_xla:
+        # It takes no complex numbers apart by their bits.
+        of_beta, of_gamma = (tf.reduce_sum(part, axis=0) for part in (tf.math.real(sums), tf.math.imag(sums)))
+    else:
+        of_beta, of_gamma = tf.unstack(_sum_columns(sums))
+    return tf.stack([of_beta, of_gamma * tf.math.rsqrt(variance + epsilon)])
+
+
 @compiled
-def sum_gradients(upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, epsilon: float) -> tf.Tensor:
-    """The gradients of beta and of gamma over this replica, [2, C]."""
-    channels, size = values.shape[-1], values.shape.num_elements()
-    count = math.gcd(size // channels, _LANES) if size else 1
-    lanes = [
-        (wide(gradients), wide(values) - mean)
-        for gradients, values in zip(
-            tf.unstack(tf.reshape(upstream, [count, -1, channels])),
-            tf.unstack(tf.reshape(values, [count, -1, channels])),
-            strict=True,
-        )
-    ]
-    sums = tf.add_n([gradients for gradients, _ in lanes]), tf.add_n([gradients * values for gradients, values in lanes])
-    return tf.stack([tf.reduce_sum(sums[0], axis=0), tf.reduce_sum(sums[1], axis=0) * tf.math.rsqrt(variance + epsilon)])
+def _add_up_gradients(upstream: tf.Tensor, values: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+    """The upstream gradients and their products with the deviations, added up as in `add_up_in`."""
+    gradients = _lanes(upstream)
+    products = [gradient * (lane - mean) for gradient, lane in zip(gradients, _lanes(values), strict=True)]
+    return tf.complex(tf.add_n(gradients), tf.add_n(products))
 
 
 def coefficients(statistics: tuple[tf.Tensor, ...], epsilon: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
