@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 from PIL import Image
 
-from trainer import evaluate, pictures, predict, serve
+from trainer import classifier, evaluate, pictures, predict, serve
 from trainer.errors import RequestError
 from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
@@ -83,9 +84,28 @@ def test_digits_are_read_from_pictures_of_every_kind(kind: str, digits, model_di
     for pixels, digit in digits:
         paths.append(tmp_path / f"{digit}.png")
         draw(pixels, kind).save(paths[-1])
-    plain = predict.predict(str(model_dir), paths)
+    plain = list(predict.predict(str(model_dir), paths))
     right = sum(prediction["digit"] == digit for prediction, (_, digit) in zip(plain, digits, strict=True))
     assert right >= 9, [(prediction["digit"], round(prediction["probability"], 2)) for prediction in plain]
+
+
+def test_many_pictures_are_classified_some_at_a_time(digits, model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    paths = []
+    for pixels, digit in digits:
+        paths.append(tmp_path / f"{digit}.png")
+        draw(pixels, "same").save(paths[-1])
+    at_once = list(predict.predict(str(model_dir), paths))
+    classify, sizes = classifier.Classifier.classify, []
+
+    def counting(self: classifier.Classifier, inputs: np.ndarray) -> list[dict[str, Any]]:
+        sizes.append(len(inputs))
+        return classify(self, inputs)
+
+    monkeypatch.setattr(classifier.Classifier, "classify", counting)
+    monkeypatch.setattr(predict, "_BATCH", 4)
+    some = list(predict.predict(str(model_dir), paths))
+    assert sizes == [4, 4, 2]
+    assert [(one["file"], one["digit"]) for one in some] == [(one["file"], one["digit"]) for one in at_once]
 
 
 def test_jpeg_and_its_orientation_are_understood(digits, model_dir: Path, tmp_path: Path) -> None:
@@ -93,7 +113,7 @@ def test_jpeg_and_its_orientation_are_understood(digits, model_dir: Path, tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6  # Turn clockwise to show.
     picture.save(tmp_path / "seven.jpg", exif=exif)
-    assert predict.predict(str(model_dir), [tmp_path / "seven.jpg"])[0]["digit"] == 7
+    assert next(predict.predict(str(model_dir), [tmp_path / "seven.jpg"]))["digit"] == 7
 
 
 @pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent"])
@@ -205,7 +225,7 @@ def test_job_that_has_not_finished_is_told_before_tensorflow_is_loaded(tmp_path:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with socket.socket() as listener:
         commands: list[Callable[[], object]] = [
-            lambda: predict.predict(str(tmp_path), []),
+            lambda: list(predict.predict(str(tmp_path), [])),
             lambda: evaluate.evaluate(str(tmp_path)),
             lambda: serve.serve(str(tmp_path), listener, "127.0.0.1", "digits", 1, 0),
         ]

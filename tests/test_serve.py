@@ -149,7 +149,7 @@ def test_files_are_classified_as_predict_does(server: Server, finished: Path, mn
         (tmp_path / files[-1][0]).write_bytes(files[-1][1])
     body, kind = form(files)
     found = server.json("/api/predict", body, Content_Type=kind)["predictions"]
-    expected = predict.predict(str(finished), [tmp_path / name for name, _ in files])
+    expected = list(predict.predict(str(finished), [tmp_path / name for name, _ in files]))
     assert [one["file"] for one in found] == [name for name, _ in files]
     for one, wanted in zip(found, expected, strict=True):
         assert one["class_name"] == wanted["class_name"]

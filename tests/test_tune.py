@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -30,6 +31,7 @@ FLAGS = ["--preset=fast", "--validation_fraction=0.2", "--epochs=3", "--grace_pe
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
+from typing import Any
 
 flags = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
 folder, rate = Path(flags["model_dir"]), float(flags["learning_rate"])
@@ -219,15 +221,13 @@ def test_several_share_a_search_and_finish_exactly_its_trials(search_in, runner)
 def test_search_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
     config, searched = tune.task_of(FLAGS, space_file(tmp_path, "learning_rate: {low: 1e-4, high: 1e-1, log: true}"))
 
-    def draw(folder: Path, count: int, search: Search | None = None) -> list[float]:
+    def draw(folder: Path, count: int) -> list[float]:
         folder.mkdir(exist_ok=True)
-        drawn = []
-        for number in range(count):
-            search = search or Search(folder, searched, config, "sha", 20, "median")
+        drawn, search = [], Search(folder, searched, config, "sha", 20, "median")
+        for _ in range(count):
             with search.next_trial() as (current, options):
                 drawn.append(options["learning_rate"])
             search.tell(current, trial.Ending("complete", 1 - options["learning_rate"]))
-            search = None if number % 2 else search
         return drawn
 
     whole = draw(tmp_path / "whole", 14)
@@ -276,6 +276,43 @@ def test_search_without_a_complete_trial_says_so(search_in, runner) -> None:
     runner(search).run(parallel=1)
     with pytest.raises(JobError, match="no trial has come to its end"):
         winner.result_of(search)
+
+
+def test_last_report_of_a_search_stays(search_in, runner, monkeypatch) -> None:
+    """Another process may come to draw the report of its last trial after the result is there, or while it is drawn."""
+    monkeypatch.setattr(winner.evaluate, "evaluate", lambda *_: {"test_accuracy": 0.9, "test_loss": 0.1, "test_examples": 7})
+    search = search_in(0.5)
+    runner(search).run(parallel=1)
+    drawing, ended = [], []
+    write = search_report.write
+
+    def slowly(search: Search, result: dict[str, Any] | None) -> None:
+        drawing.append(result)
+        time.sleep(0.3)
+        write(search, result)
+        ended.append(result)
+
+    monkeypatch.setattr(search_report, "write", slowly)
+    earlier = threading.Thread(target=winner.update_report, args=[search])
+    earlier.start()
+    while not drawing:
+        time.sleep(0.01)
+    result = winner.result_of(search)
+    earlier.join(20)
+    winner.update_report(search)
+    assert drawing == ended == [None, result]
+
+
+def test_shares_of_the_variance_are_those_of_the_options() -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda trial: 2 * trial.suggest_float("much", 0, 1) + trial.suggest_float("less", 0, 1)
+                   + 0 * trial.suggest_float("nothing", 0, 1), n_trials=20)  # fmt: skip
+    (axes,) = search_report.importances(study).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    shares = dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True))
+    assert shares["much"] > 60
+    assert 5 < shares["less"] < 35
+    assert shares["nothing"] < 5
 
 
 def test_picture_of_a_search_ends_at_100_percent() -> None:

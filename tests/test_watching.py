@@ -1,13 +1,12 @@
 """What a run leaves to look at: TensorBoard's pages, the report, the Prometheus endpoint, the profile."""
 
-import io
-import itertools
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import urllib.request
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,18 +15,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import drawing, figures, pages, report, storage
-from trainer.config import Config
+from trainer import figures, loading, pages, predictions, storage
 from trainer.dashboard import Dashboard
 from trainer.endpoint import Endpoint
 from trainer.errors import RequestError, Stopped
 from trainer.ports import free_ports
-from trainer.predictions import Predictions
 from trainer.step_times import StepTimes
 from trainer.steps import INPUT_SECS, STEP_SECS, TRAIN_COLUMNS
 
@@ -136,7 +130,8 @@ def test_names_in_the_markdown_report_stay_text() -> None:
         "name": "#1",
         "result": Mock(test_accuracy=None, validation_accuracy=None, epochs=1, train_seconds=1, images_per_second=1),
     }
-    values |= {"split": "test", "calibration_error": 0, "verdict": "", "starts": [], "options": [], "environment": {}}
+    values |= {"split": "test", "shown": "9", "calibration_error": 0, "verdict": ""}
+    values |= {"starts": [], "options": [], "environment": {}}
     text = pages.render("report.md", {**values, "mistakes": [(0, name, "", 1) for name in names]})
     assert text.startswith("# \\#1\n")
     assert re.findall(r"^\| 0 \| (.*) \|  \| 100", text, re.M) == [r"a\|b", r"\*\<b\>\*", r"\_x_y\_", r"\[1\](2)"]
@@ -174,6 +169,49 @@ def test_report_that_cannot_be_drawn_costs_nothing_else(run_here: Any, tmp_path:
     assert (tmp_path / "run/result.json").exists()
     assert (tmp_path / "run/export/saved_model.pb").exists()
     assert not (tmp_path / "run/report.html").exists()
+
+
+def test_want_of_memory_for_the_report_costs_nothing_else(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+    monkeypatch.setattr(predictions, "predict", Mock(side_effect=no_memory))
+    assert run_here(report=True)["steps"] == 32
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_size_of_a_batch_changes_no_evaluation(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_here(model_dir=str(tmp_path / "whole"), epochs=1)
+    monkeypatch.setattr(loading, "_MOST_VALUES", 70 * 28 * 28)
+    parts = run_here(model_dir=str(tmp_path / "parts"), epochs=1)
+    assert parts["test_examples"] == whole["test_examples"]
+    assert parts["test_accuracy"] == whole["test_accuracy"]
+    assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
+
+
+def test_output_that_nobody_can_read_stops_no_job(tmp_path: Path, tiny_data: Path) -> None:
+    options = {**TINY, "data_dir": tiny_data, "model_dir": tmp_path / "run", "epochs": 1}
+    command = [sys.executable, "-m", "trainer.task", *arguments(options)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("stdout cannot be written (No space left on device)") == 1
+    assert storage.read_json(tmp_path / "run/result.json")
+
+
+def test_program_without_stdout_and_stderr_keeps_its_exit_code() -> None:
+    command = shlex.join([sys.executable, "-m", "trainer.predict", "--model_dir=none", "nothing.png"])
+    assert subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=ROOT).returncode == 2
+
+
+def test_end_at_once_gives_the_terminal_its_cursor_back() -> None:
+    reader, writer = os.openpty()
+    ended = subprocess.run(
+        [sys.executable, "-c", "from trainer.signals import end_now; end_now('late')"],
+        cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert ended.returncode == 75
+    assert b"\x1b[?25h" in os.read(reader, 100)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_folder_of_event_files_that_is_none_is_refused(run_here: Any, tmp_path: Path) -> None:
@@ -242,162 +280,3 @@ def test_verdict_names_what_to_do(step: float, wait: float, exchange: float, wor
     verdict = StepTimes.of(rows, exchange).verdict()
     assert words in verdict
     assert np.isfinite(wait) or verdict.endswith("apart.")
-
-
-def predictions(num_examples: int, num_classes: int, channels: int = 1, **changes: Any) -> Predictions:
-    random = np.random.default_rng(1)
-    probabilities = random.dirichlet(np.ones(num_classes), num_examples).astype(np.float32)
-    values = {
-        "split": "test",
-        "images": random.integers(0, 256, (num_examples, 11, 12, channels), np.uint8),
-        "labels": random.integers(0, num_classes, num_examples).astype(np.int32),
-        "probabilities": probabilities,
-        "features": np.zeros([num_examples, 0], np.float32),
-        "class_names": tuple(f"class number {index}" for index in range(num_classes)),
-    }
-    return Predictions(**{**values, **changes})
-
-
-UNUSUAL = {
-    "one example": predictions(1, 2),
-    "many classes": predictions(300, 47),
-    "many classes taken for one that is not shown": predictions(
-        60, 30, labels=np.arange(60, dtype=np.int32) % 30, probabilities=np.tile(np.eye(30, dtype=np.float32)[29], (60, 1))
-    ),
-    "colour": predictions(40, 3, channels=3),
-    "classes without examples": predictions(20, 5, labels=np.zeros(20, np.int32)),
-    "no mistakes": predictions(20, 2, labels=np.zeros(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
-    "all wrong": predictions(20, 2, labels=np.ones(20, np.int32), probabilities=np.tile(np.float32([[1, 0]]), (20, 1))),
-    "all alike": predictions(20, 4, probabilities=np.full([20, 4], 0.25, np.float32)),
-    "markup": predictions(30, 2, class_names=("<b>&|", "$x_{$")),
-    "long names": predictions(300, 25, class_names=tuple(f"{'a very long name, number ' * 5}{index}" for index in range(25))),
-    "letters that the font lacks": predictions(30, 2, class_names=("日本", "भारत")),
-}
-
-
-@pytest.mark.parametrize("name", UNUSUAL)
-def test_everything_is_drawn_of_unusual_predictions(name: str, tmp_path: Path) -> None:
-    shown = UNUSUAL[name]
-    drawn = figures.of_predictions(shown)
-    for figure in drawn.values():
-        assert drawing.png(figure).startswith(b"\x89PNG")
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "epoch": 0.5, "split": "train", "loss": null, "accuracy": 0.5, "images_per_second": null}\n'
-    )
-    result = {"test_accuracy": 0.5, "test_examples": 1, "test_loss": 0.1, "validation_accuracy": None, "train_seconds": 1.0,
-              "steps": 1, "epochs": 0.5, "images_per_second": 1.0, "num_replicas": 1, "strategy": "one_device", "restarts": 0,
-              "weights_sha256": "0" * 64}  # fmt: skip
-    report.write(tmp_path, Config(model_dir=str(tmp_path)), result, drawn, shown)
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 7
-    assert "<b>" not in page
-
-
-def test_long_names_keep_their_ends_and_do_not_overlap() -> None:
-    assert drawing.labels(["a short one", "abcdefghijklmnopqrstuvwxyz"], 11) == ["a short one", "abcde…vwxyz"]
-    assert drawing.labels(["one and two", "one or two", "日本語日本語", "$"], 9) == ["on…o 0", "on…o 1", "日本…語", r"\$"]
-    names = tuple(f"{'the same beginning ' * 3}{middle}{' and the same end' * 3}" for middle in ("one", "another", "third"))
-    by_class = figures.accuracy_by_class(predictions(30, 3, class_names=names)).axes[0]
-    assert len(by_class.patches) == len({bar.get_y() for bar in by_class.patches}) == len(by_class.get_yticklabels()) == 3
-    figure = figures.mistakes(UNUSUAL["long names"])
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) == 32
-    assert not any(box.overlaps(other) for box, other in itertools.pairwise(boxes))
-
-
-@pytest.mark.parametrize(("share_right", "low"), [(0.99, 0.9), (0.5, 0.4), (0.0, 0.0)])
-def test_curves_begin_where_a_weak_model_is(share_right: float, low: float) -> None:
-    labels = np.arange(200, dtype=np.int32) % 2
-    said = np.where(np.arange(200) < 200 * share_right, labels, 1 - labels)
-    shown = predictions(200, 2, labels=labels, probabilities=np.eye(2, dtype=np.float32)[said])
-    for figure in (figures.precision_and_recall(shown), figures.roc(shown)):
-        assert figure.axes[0].get_ylim() == pytest.approx((low, 1.005))
-
-
-def test_charts_of_the_worst_classes_say_so() -> None:
-    for of_all in (figures.accuracy_by_class, figures.roc, figures.confusion):
-        assert "classes that are recognised least" in of_all(predictions(300, 25)).axes[0].get_title()
-        assert not of_all(predictions(30, 3)).axes[0].get_title()
-
-
-def test_grey_pictures_keep_their_brightness() -> None:
-    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(np.full((1, 9, 9, 1), 100, np.uint8))))).convert("L"))
-    assert (shown == 100).mean() > 0.05
-
-
-def test_pictures_stand_upright_in_rows() -> None:
-    wide = np.full((10, 20, 60, 3), (0, 0, 255), np.uint8)
-    wide[:, :10, :30] = 255, 0, 0
-    shown = np.asarray(Image.open(io.BytesIO(drawing.png(drawing.pictures(wide, ["close\nabove"] * 10)))).convert("RGB"), int)
-    red, blue = ((shown == colour).all(axis=2) for colour in ([255, 0, 0], [0, 0, 255]))
-    # Eight columns and two rows of pictures whose upper left quarter is red.
-    for row, column in np.ndindex(2, 8):
-        cell = np.s_[row * shown.shape[0] // 2 : (row + 1) * shown.shape[0] // 2, column * 88 : (column + 1) * 88]
-        assert red[cell].any() == (8 * row + column < 10)
-        if red[cell].any():
-            (red_y, red_x), (blue_y, blue_x) = (np.nonzero(part[cell]) for part in (red, blue))
-            assert (red_y.min(), red_x.min()) == (blue_y.min(), blue_x.min())
-            assert red_y.max() < blue_y.max()
-            assert red_x.max() < blue_x.max()
-            assert 2.5 < blue[cell].sum() / red[cell].sum() < 3.5
-            assert 2.5 < np.ptp(blue_x) / np.ptp(blue_y) < 3.5
-            # The title, in the ink of all, is close above.
-            ink = np.nonzero((shown[cell] < 128).all(axis=2))[0]
-            assert 0 < red_y.min() - ink.max() < 15
-
-
-def test_figure_is_laid_out_once_for_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = Counter()
-    for owner, name in ((ConstrainedLayoutEngine, "execute"), (Figure, "draw")):
-        original = getattr(owner, name)
-
-        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
-            counts[name] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, counted)
-    figure = figures.confusion(predictions(30, 3))
-    assert drawing.svg(figure).startswith("<svg")
-    assert drawing.png(figure).startswith(b"\x89PNG")
-    assert counts == {"execute": 1, "draw": 3}
-
-
-def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
-    sure = np.tile(np.float32([[0.9, 0.1]]), (10, 1))
-    assert figures.calibration_error(predictions(10, 2, labels=np.int32([0] * 9 + [1]), probabilities=sure)) == pytest.approx(
-        0, abs=1e-6
-    )
-    assert figures.calibration_error(predictions(10, 2, labels=np.int32([0] * 5 + [1] * 5), probabilities=sure)) == pytest.approx(
-        0.4
-    )
-
-
-def test_curve_of_accuracy_ends_at_100_percent_and_shows_the_last_value() -> None:
-    accuracies = [*np.linspace(0.98, 0.999, 40), 0.5]
-    records = [{"epoch": i, "split": "train", "accuracy": value, "loss": 1.0} for i, value in enumerate(accuracies)]
-    accuracy, loss = report._curves(records).axes
-    low, high = accuracy.get_ylim()
-    assert high == 100
-    assert low <= 50
-    assert loss.get_ylim()[1] < 2
-
-
-def test_curves_of_a_short_run_show_all_of_it() -> None:
-    losses = [2.5, 0.3, 0.2]
-    records = [{"epoch": i, "split": "train", "accuracy": 0.9, "loss": loss} for i, loss in enumerate(losses, start=1)]
-    records += [{"epoch": 3.0000001, "split": "validation", "accuracy": 0.9, "loss": 0.2}]
-    _, loss = report._curves(records).axes
-    low, high = loss.get_ylim()
-    assert low < min(losses) < max(losses) < high
-    left, right = loss.get_xlim()
-    assert left == 0
-    assert right == pytest.approx(1.02 * 3.0000001)
-
-
-def test_texts_in_pictures_take_the_colour_of_the_page() -> None:
-    text = drawing.svg(figures.confusion(predictions(30, 3)))
-    assert "currentColor" in text
-    assert "#1f2430" not in text
-    # No ground of its own.
-    assert re.search(r'id="patch_1">\s*<path[^>]*style="fill: none', text)

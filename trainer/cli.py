@@ -35,6 +35,8 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
             pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
     """
     app.define_help_flags()
+    # Python has none where they are closed, as after `>&-`.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file's name may be bytes that are no text, or text that the locale does not know; stderr is like that anyway.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,5 +1,10 @@
-"""What a person sees: a progress bar on a terminal, plain lines at an interval elsewhere, and the result as a table."""
+"""What a person sees: a progress bar on a terminal, plain lines at an interval elsewhere, and the result as a table.
 
+It is there for convenience: where it cannot be written, as on a full disk or when the reader has gone, work goes on.
+"""
+
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +15,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_log = logging.getLogger("digitfleet")
 _LINE_EVERY_SECS = 10.0
+
+
+def say(line: str) -> None:
+    """Prints a line; if nobody can read it, says so once and prints no more."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # Python would try again at its end.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        _log.warning("stdout cannot be written (%s): nothing more is shown there", error.strerror)
 
 
 class ConsoleWriter:
@@ -60,7 +76,7 @@ class ConsoleWriter:
         if self._progress:
             self._console.print(line, highlight=False)
         else:
-            print(line, flush=True)
+            say(line)
 
 
 def _scores(record: dict[str, Any]) -> str:
@@ -82,4 +98,6 @@ def print_result(result: dict[str, Any], model_dir: str) -> None:
     table.add_row("model", escape(f"{model_dir}/export, {model_dir}/model.keras"))
     if (Path(model_dir) / "report.html").exists():
         table.add_row("report", escape(f"{model_dir}/report.html"))
-    console.print(table, soft_wrap=True)
+    with console.capture() as text:
+        console.print(table, soft_wrap=True)
+    say(text.get().rstrip("\n"))

@@ -179,12 +179,12 @@ def main(positional: list[str]) -> None:
         logging.getLogger("digitfleet").setLevel(logging.WARNING)
     examine(config, report, stop)
     if as_json:
-        print(json.dumps({"ok": report.passed, "checks": report.checks}))
+        cli.show(json.dumps({"ok": report.passed, "checks": report.checks}))
     sys.exit(EXIT_FINISHED if report.passed else EXIT_REQUEST)
 
 
 def _show(name: str, status: str, text: str, mend: str) -> None:
-    print(f"{status:4}  {name:13}  {text}{f': {mend}' if mend else ''}", flush=True)
+    cli.show(f"{status:4}  {name:13}  {text}{f': {mend}' if mend else ''}")
 
 
 def _show_nothing(*_: str) -> None:

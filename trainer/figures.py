@@ -57,7 +57,7 @@ def confusion(predictions: Predictions) -> Figure:
     left_out = len(predictions.labels) - matrix.sum()
     note = f"\n{left_out} are left out: of other classes, or taken for one" if left_out else ""
     axes.set_title(_which(predictions, shown))
-    figure.suptitle(f"{len(predictions.labels)} {predictions.split} examples; shades count mistakes only{note}", fontsize=9)
+    figure.suptitle(f"{predictions.count} {predictions.split} examples; shades count mistakes only{note}", fontsize=9)
     return figure
 
 
@@ -78,8 +78,8 @@ def mistakes(predictions: Predictions, most: int = 32) -> Figure:
 
 @mpl.rc_context(STYLE)
 def accuracy_by_class(predictions: Predictions) -> Figure:
-    """The share of each class's examples that were recognised; the worst classes where there are many."""
-    shown = _worst_classes(predictions, _MOST_CLASSES)
+    """The share of each class's examples that were recognised; the worst classes where there are many, none without examples."""
+    shown = np.intersect1d(_worst_classes(predictions, _MOST_CLASSES), predictions.labels)
     shares = _recalls(predictions)[shown]
     figure, (axes,) = subplots(1, (5.6, 0.6 + 0.27 * len(shown)))
     bars = axes.barh(_names(predictions, shown), 100 * shares, color=BLUE)
@@ -146,7 +146,8 @@ def _curves(predictions: Predictions, draw: Callable[[int, str, Axes], None], xl
     for index, name in zip(shown, _names(predictions, shown), strict=True):
         # A curve needs examples that are of the class, and others.
         if len(np.unique(predictions.labels == index)) == 2:
-            draw(index, name, axes)
+            # A legend leaves out what begins with an underscore.
+            draw(index, f" {name}" if name.startswith("_") else name, axes)
     axes.set_title(_which(predictions, shown))
     axes.set_aspect("auto")
     precision = metrics.precision_score(predictions.labels, predictions.predicted, labels=shown, average=None, zero_division=1)
@@ -167,8 +168,10 @@ def _recalls(predictions: Predictions) -> np.ndarray:
 
 
 def _worst_classes(predictions: Predictions, most: int) -> np.ndarray:
-    """All classes or, of many, those with the smallest share of right answers; in their own order."""
-    return np.sort(np.argsort(_recalls(predictions), kind="stable")[:most])
+    """All classes or, of many, those with the smallest share of right answers, last those without examples; in their order."""
+    recalls = _recalls(predictions)
+    without = ~np.isin(np.arange(len(recalls)), predictions.labels)
+    return np.sort(np.lexsort((recalls, without))[:most])
 
 
 def _names(predictions: Predictions, shown: np.ndarray) -> list[str]:
@@ -178,9 +181,10 @@ def _names(predictions: Predictions, shown: np.ndarray) -> list[str]:
 
 
 def _which(predictions: Predictions, shown: np.ndarray) -> str:
-    """Says of some classes which they are; nothing of all."""
+    """Says of some classes which they are; nothing of all that have examples."""
     of_all = predictions.probabilities.shape[1]
-    return "" if len(shown) == of_all else f"the {len(shown)} of {of_all} classes that are recognised least"
+    all_there = np.isin(predictions.labels, shown).all()
+    return "" if all_there else f"the {len(shown)} of {of_all} classes that are recognised least"
 
 
 def _turn_long(axes: Axes, names: Sequence[str]) -> None:

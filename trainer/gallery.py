@@ -72,7 +72,8 @@ def show(
 
 def _write_projector(predictions: Predictions, folder: Path) -> None:
     """The files of TensorBoard's projector page: features, what they are of, and a picture of each."""
-    shown = slice(0, _MOST_POINTS)
+    num_examples = len(predictions.labels)
+    shown = np.linspace(0, num_examples - 1, min(_MOST_POINTS, num_examples)).astype(int)
     images, features = predictions.images[shown], predictions.features[shown]
     names = np.array(predictions.class_names)
     rows = zip(names[predictions.labels[shown]], names[predictions.predicted[shown]], predictions.confidence[shown], strict=True)

@@ -249,10 +249,10 @@ def _evaluations(
     model: keras.Model, topology: Topology, sum_over_workers: Callable[[tf.Tensor], tf.Tensor], keep: Callable[[object], None]
 ) -> Callable[[Part], Evaluation]:
     """A function that makes the evaluation of `model` on some examples; the graph is the same for all. `keep` as in `run`."""
-    batch = _EVAL_BATCH_PER_REPLICA * topology.num_replicas
     eval_loop = steps.make_eval_loop(model, topology.strategy)
 
     def make(examples: Part) -> Evaluation:
+        batch = loading.batch_size(examples.image_shape, _EVAL_BATCH_PER_REPLICA) * topology.num_replicas
         num_batches = tf.constant(-(-len(examples) // batch), tf.int64)
         # One for all times: whoever drops an iterator waits; see `tracing.untuned`.
         batches = iter(topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch)))

@@ -19,6 +19,8 @@ from trainer.records import Records
 
 _log = logging.getLogger("digitfleet")
 _BATCH = 1000
+# Of images that are computed with at a time: the activations of a network's first layers take a hundred times as many bytes.
+_MOST_VALUES = 2**22
 # What a damaged, changed or missing file of records shows as. By way of tf.data service, damage is "unknown".
 _DAMAGE = (
     tf.errors.DataLossError,
@@ -95,12 +97,16 @@ def resident(part: Part, config: Config, *, train: bool = False) -> Part:
 
 
 def batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All examples in their order, as images uint8 [n, H, W, C] and labels int32 [n]."""
-    if isinstance(part, Records):
-        yield from streaming.batches(part)
-        return
-    for start in range(0, len(part), _BATCH):
-        yield part.images[start : start + _BATCH], part.labels[start : start + _BATCH]
+    """All examples in their order, as images uint8 [n, H, W, C] and labels int32 [n]: as many as a model may be given."""
+    size = batch_size(part.image_shape, _BATCH)
+    for images, labels in streaming.batches(part) if isinstance(part, Records) else [(part.images, part.labels)]:
+        for start in range(0, len(labels), size):
+            yield images[start : start + size], labels[start : start + size]
+
+
+def batch_size(image_shape: tuple[int, ...], most: int) -> int:
+    """How many images [H, W, C] a model is given at a time outside of training: fewer of large ones, and at most so many."""
+    return max(1, min(most, _MOST_VALUES // math.prod(image_shape)))
 
 
 def some_images(part: Part, count: int) -> np.ndarray:

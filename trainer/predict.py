@@ -5,6 +5,7 @@ Pictures of any size, colour and polarity; what is done to them is in `images.py
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from absl import flags
 from trainer import cli, pictures, storage
 from trainer.errors import RequestError
 
+_BATCH = 32
 
-def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
-    """Classifies pictures.
+
+def predict(model_dir: str, paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Classifies pictures, some at a time.
 
     Args:
         model_dir: folder of a finished job.
         paths: image files.
 
-    Returns:
+    Yields:
         For each: file, digit (the number of the class), class_name, probability, and the probabilities of all classes.
 
     Raises:
@@ -31,11 +34,15 @@ def predict(model_dir: str, paths: list[Path]) -> list[dict[str, Any]]:
         pictures.load(path, 1)  # What cannot be read is told before TensorFlow is imported.
     storage.export_of(model_dir)
     with cli.quiet_start():
+        from trainer import loading
         from trainer.classifier import Classifier
 
         classifier = Classifier(model_dir)
-    predictions = classifier.classify(classifier.inputs(pictures.load(path, classifier.channels) for path in paths))
-    return [{"file": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
+    size = loading.batch_size(classifier.model.input_shape, _BATCH)
+    for some in (paths[start : start + size] for start in range(0, len(paths), size)):
+        inputs = classifier.inputs(pictures.load(path, classifier.channels) for path in some)
+        for path, prediction in zip(some, classifier.classify(inputs), strict=True):
+            yield {"file": str(path), **prediction}
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from trainer import cli, dataset, formats, pictures, storage, synthetic
 from trainer.collection import Collection
+from trainer.console import say
 from trainer.convert import convert, with_test_split
 from trainer.errors import RequestError
 from trainer.options import parse_size
@@ -154,14 +155,16 @@ def _show(console: Console, content: dict[str, Any], output: Path) -> None:
         table.add_row(escape(name), *map(str, row), f"{row[0] / total:.1%}")
     if len(counts) > _TABLE_ROWS:
         table.add_row(f"and {len(counts) - _TABLE_ROWS} more")
-    console.print(table)
+    with console.capture() as text:
+        console.print(table)
+    say(text.get().rstrip("\n"))
     for line in content["left_out"]:
         print(f"left out: {line}", file=sys.stderr)
     shape = "x".join(map(str, content["image_shape"])) if content["image_shape"] else "several sizes"
     sizes = ", ".join(f"{split['num_examples']} {name}" for name, split in content["splits"].items())
     num_bytes = sum(shard["bytes"] for split in content["splits"].values() for shard in split["shards"])
-    print(f"{output}: {sizes} examples of {shape}, {len(content['class_names'])} classes, {num_bytes / 2**20:.1f} MiB")
-    print(f"train on it with: python -m trainer.task --data_dir {output}")
+    say(f"{output}: {sizes} examples of {shape}, {len(content['class_names'])} classes, {num_bytes / 2**20:.1f} MiB")
+    say(f"train on it with: python -m trainer.task --data_dir {output}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,11 @@ class Recording:
             from trainer import gallery, predictions, report
 
             model_dir = Path(self._config.model_dir)
-            answers = predictions.predict(model, shown, split, dataset.class_names, moved)
+            try:
+                answers = predictions.predict(model, shown, split, dataset.class_names, moved)
+            except tf.errors.ResourceExhaustedError as error:
+                # Of memory; the writers' is of the disk.
+                raise MemoryError(error.message) from error
             drawn = gallery.draw(self._config, model, answers, train_set)
             moved()
             gallery.show(drawn, model, answers, self._dashboard, model_dir / "tensorboard", result["steps"])

@@ -51,6 +51,7 @@ def write(
         "name": model_dir.name,
         "result": result,
         "split": predictions.split,
+        "shown": predictions.count,
         "calibration_error": figures.calibration_error(predictions),
         "verdict": _verdict(records),
         "starts": _starts(run.get("starts", [])),
@@ -95,10 +96,14 @@ def _curves(records: list[Record]) -> Figure:
 def _verdict(records: list[Record]) -> str:
     """Where the steps' time went, over the whole run; empty where it was too short to tell."""
     names = [field.name for field in dataclasses.fields(StepTimes)]
-    timed = np.array([[record[name] for name in names] for record in records if record.get("step_ms")], np.float64)
-    if not len(timed):
+    of_train = [record for record in records if record["split"] == "train"]
+    timed = np.array([bool(record.get("step_ms")) for record in of_train])
+    if not timed.any():
         return ""
-    means = {name: None if np.isnan(mean) else float(mean) for name, mean in zip(names, timed.mean(axis=0), strict=True)}
+    weights = np.diff([0, *(record["step"] for record in of_train)])[timed]
+    values = np.array([[record.get(name) for name in names] for record in of_train], np.float64)[timed]
+    averages = np.average(values, axis=0, weights=weights)
+    means = {name: None if np.isnan(mean) else float(mean) for name, mean in zip(names, averages, strict=True)}
     return StepTimes(**means).verdict()  # type: ignore[arg-type]
 
 
@@ -123,8 +128,8 @@ def _mistakes(predictions: Predictions) -> list[tuple[int, str, str, float]]:
     """Position, true class, predicted class and confidence of the wrong answers that the model was surest of."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_MOST_MISTAKES]
-    names = predictions.class_names
+    positions, confidence, names = predictions.positions, predictions.confidence, predictions.class_names
     return [
-        (int(index), names[predictions.labels[index]], names[predictions.predicted[index]], float(predictions.confidence[index]))
+        (int(positions[index]), names[predictions.labels[index]], names[predictions.predicted[index]], float(confidence[index]))
         for index in wrong
     ]

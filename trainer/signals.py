@@ -87,5 +87,7 @@ def end_now(reason: str, stderr: TextIO | None = None) -> None:
     """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
     say(f"{reason}; the same command goes on from the last checkpoint, if there is one", stderr)
     with contextlib.suppress(OSError, ValueError):
+        # A progress bar has hidden the cursor, and nobody else will bring it back.
+        sys.stdout.write("\x1b[?25h\n" if sys.stdout.isatty() else "")
         sys.stdout.flush()
     os._exit(EXIT_STOPPED)

@@ -111,16 +111,21 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[bool]:
-    """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends."""
+def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends.
+
+    Args:
+        path: the file; it is made if there is none.
+        wait: until another process lets go of it.
+    """
     with open(path, "a") as file:
-        yield _lock(file)
+        yield _lock(file, wait=wait)
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], *, wait: bool = False) -> bool:
     """Whether the file is this process's now."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         # Otherwise a file system without locks: then nobody can be kept out.
         return error.errno not in (errno.EAGAIN, errno.EACCES)

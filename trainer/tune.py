@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 from absl import flags
 
-from trainer import cli, cluster, dataset, signals, space, storage, trial, winner
+from trainer import cli, cluster, console, dataset, signals, space, storage, trial, winner
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import RequestError, Stopped
@@ -87,9 +87,9 @@ class Runner:
                 return
             if ending.kind != "died" or self._search.count_death(current) > self._max_retries:
                 break
-            _say(f"trial {current.number:4d}  {ending.reason}: started again")
+            console.say(f"trial {current.number:4d}  {ending.reason}: started again")
         self._search.tell(current, ending)
-        _say(self._line(current.number, options, ending))
+        console.say(self._line(current.number, options, ending))
         winner.update_report(self._search)
 
     def _line(self, number: int, options: dict[str, Any], ending: Ending) -> str:
@@ -105,10 +105,6 @@ class Runner:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def task_of(arguments: Sequence[str], path: Path) -> tuple[Config, dict[str, Any]]:

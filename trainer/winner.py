@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer import evaluate, storage, trial
+from trainer import console, evaluate, storage, trial
 from trainer.errors import JobError
 from trainer.search import Search
 
 PRESET, RESULT = "best.yaml", "result.json"
+_REPORT_LOCK = ".report.lock"
 
 
 def result_of(search: Search) -> dict[str, Any] | None:
@@ -62,8 +63,9 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
         "command": command_of(search),
         "model_dir": str(folder),
     }
-    write_report(search, result)
-    storage.write_json(search.folder / RESULT, result)
+    with storage.lock_file(search.folder / _REPORT_LOCK, wait=True):
+        _write_report(search, result)
+        storage.write_json(search.folder / RESULT, result)
     return result
 
 
@@ -84,13 +86,14 @@ def command_of(search: Search) -> str:
 
 
 def update_report(search: Search) -> None:
-    """Draws the report anew, unless another thread or process is at it."""
-    with storage.lock_file(search.folder / ".report.lock") as mine:
-        if mine:
-            write_report(search, None)
+    """Draws the report anew, unless another thread or process is at it, or has drawn the last one."""
+    with storage.lock_file(search.folder / _REPORT_LOCK) as mine:
+        result = storage.read_json(search.folder / RESULT) or {"num_finished": 0}
+        if mine and result["num_finished"] < search.num_trials:
+            _write_report(search, None)
 
 
-def write_report(search: Search, result: dict[str, Any] | None) -> None:
+def _write_report(search: Search, result: dict[str, Any] | None) -> None:
     """Writes report.html; without a result, of a search that is under way."""
     # Only now: drawing takes a second to import.
     from trainer import search_report
@@ -109,4 +112,4 @@ def show(search: Search, result: dict[str, Any]) -> None:
         "report": str(Path(search.folder) / "report.html"),
     }
     for name, text in rows.items():
-        print(f"{name:20} {text}")
+        console.say(f"{name:20} {text}")
