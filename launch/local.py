@@ -17,7 +17,7 @@ from absl import flags
 from launch import chaos, isolation
 from launch.arguments import task_config
 from launch.supervisor import Job, Supervisor
-from trainer import cli, cluster, storage
+from trainer import cli, cluster, console, storage
 from trainer import flags as task_flags
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
@@ -137,7 +137,7 @@ def _say(text: str) -> None:
 
 def _show(worker: int, line: str) -> None:
     with _printing:
-        print(f"[{worker}] {line}", flush=True)
+        console.say(f"[{worker}] {line}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def check(objects: Sequence[Object], quotas: Sequence[Object], *, has_defaults: 
         for resource, most in ({} if scopes else status.get("hard", {})).items():
             used = quantity(status.get("used", {}).get(resource, "0"))
             need, left = needs.get(resource, Decimal(0)), quantity(most) - used + gives.get(resource, Decimal(0))
-            if need > left:
+            # A quota may be exceeded already; what a job does not use is no question then.
+            if need and need > left:
                 raise RequestError(
                     f"the quota {name} has {left:f} of {resource} left, this job needs {need:f}: ask for fewer "
                     "workers or GPUs, or for more quota"

@@ -209,6 +209,12 @@ def test_tensorboard_cannot_be_taken_over_by_a_job_of_its_name(job: Bench) -> No
     assert job.objects == before
 
 
+def test_exceeded_quota_of_what_a_job_does_not_use_refuses_nothing(bench: Bench) -> None:
+    status = {"hard": {"secrets": "5"}, "used": {"secrets": "7"}}
+    bench.store({"kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {}, "status": status})
+    bench.works("submit", "--name=digits")
+
+
 def test_quota_that_demands_what_pods_do_not_say(bench: Bench) -> None:
     status = {"hard": {"limits.cpu": "100"}}
     bench.store({"kind": "ResourceQuota", "metadata": {"name": "cores"}, "spec": {}, "status": status})

@@ -194,7 +194,13 @@ def test_output_that_nobody_can_read_stops_no_job(tmp_path: Path, tiny_data: Pat
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("stdout cannot be written (No space left on device)") == 1
-    assert storage.read_json(tmp_path / "run/result.json")
+    result = storage.read_json(tmp_path / "run/result.json")
+    assert result
+    with open("/dev/full", "w") as full:
+        # Of a run that has finished before, and of the launcher.
+        script = f"from trainer.console import print_result as p; p({result}, 'x'); from launch.local import _show; _show(0, 'a')"
+        again = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert again.returncode == 0, again.stderr
 
 
 def test_program_without_stdout_and_stderr_keeps_its_exit_code() -> None:
@@ -205,11 +211,13 @@ def test_program_without_stdout_and_stderr_keeps_its_exit_code() -> None:
 def test_end_at_once_gives_the_terminal_its_cursor_back() -> None:
     reader, writer = os.openpty()
     ended = subprocess.run(
-        [sys.executable, "-c", "from trainer.signals import end_now; end_now('late')"],
-        cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", "from trainer.console import ConsoleWriter as C; from trainer.signals import end_now; "
+         "bar = C(9, 0); end_now('late')"],
+        cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"},
     )  # fmt: skip
     assert ended.returncode == 75
-    assert b"\x1b[?25h" in os.read(reader, 100)
+    shown = os.read(reader, 10_000)
+    assert shown.index(b"\x1b[?25l") < shown.rindex(b"\x1b[?25h")
     os.close(reader)
     os.close(writer)
 

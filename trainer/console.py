@@ -3,6 +3,7 @@
 It is there for convenience: where it cannot be written, as on a full disk or when the reader has gone, work goes on.
 """
 
+import io
 import logging
 import os
 import sys
@@ -27,6 +28,15 @@ def say(line: str) -> None:
         # Python would try again at its end.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         _log.warning("stdout cannot be written (%s): nothing more is shown there", error.strerror)
+
+
+def say_table(table: Table) -> None:
+    """Prints a table as `say` does."""
+    on_terminal, text = sys.stdout.isatty(), io.StringIO()
+    # Wide where there is no terminal: a path that is broken in two cannot be copied from a log.
+    console = RichConsole(file=text, force_terminal=on_terminal, width=None if on_terminal else 200)
+    console.print(table, soft_wrap=True)
+    say(text.getvalue().rstrip("\n"))
 
 
 class ConsoleWriter:
@@ -85,8 +95,6 @@ def _scores(record: dict[str, Any]) -> str:
 
 def print_result(result: dict[str, Any], model_dir: str) -> None:
     """The short table at the end."""
-    # Wide where there is no terminal: a path that is broken in two cannot be copied from a log.
-    console = RichConsole(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
     table = Table(show_header=False, box=None, pad_edge=False)
     if result["test_accuracy"] is not None:
         accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
@@ -98,6 +106,4 @@ def print_result(result: dict[str, Any], model_dir: str) -> None:
     table.add_row("model", escape(f"{model_dir}/export, {model_dir}/model.keras"))
     if (Path(model_dir) / "report.html").exists():
         table.add_row("report", escape(f"{model_dir}/report.html"))
-    with console.capture() as text:
-        console.print(table, soft_wrap=True)
-    say(text.get().rstrip("\n"))
+    say_table(table)

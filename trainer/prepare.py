@@ -21,7 +21,7 @@ from rich.table import Table
 
 from trainer import cli, dataset, formats, pictures, storage, synthetic
 from trainer.collection import Collection
-from trainer.console import say
+from trainer.console import say, say_table
 from trainer.convert import convert, with_test_split
 from trainer.errors import RequestError
 from trainer.options import parse_size
@@ -135,7 +135,7 @@ def main(positional: list[str]) -> None:
             content = convert(collection, output, request, values.num_processes or len(os.sched_getaffinity(0)), done)
         with storage.stop_when_full("examples.png", lambda: "the data set is complete"):
             contact_sheet(collection, output / "examples.png")
-    _show(console, content, output)
+    _show(content, output)
 
 
 @contextlib.contextmanager
@@ -147,7 +147,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
-def _show(console: Console, content: dict[str, Any], output: Path) -> None:
+def _show(content: dict[str, Any], output: Path) -> None:
     table = Table("class", *content["splits"], "share")
     total = max(1, sum(content["splits"]["train"]["class_counts"]))
     counts = list(zip(*(split["class_counts"] for split in content["splits"].values()), strict=True))
@@ -155,9 +155,7 @@ def _show(console: Console, content: dict[str, Any], output: Path) -> None:
         table.add_row(escape(name), *map(str, row), f"{row[0] / total:.1%}")
     if len(counts) > _TABLE_ROWS:
         table.add_row(f"and {len(counts) - _TABLE_ROWS} more")
-    with console.capture() as text:
-        console.print(table)
-    say(text.get().rstrip("\n"))
+    say_table(table)
     for line in content["left_out"]:
         print(f"left out: {line}", file=sys.stderr)
     shape = "x".join(map(str, content["image_shape"])) if content["image_shape"] else "several sizes"

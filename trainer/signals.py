@@ -87,7 +87,9 @@ def end_now(reason: str, stderr: TextIO | None = None) -> None:
     """Ends the process with 75 although the main thread is busy or stuck in TensorFlow. What is on disk is whole."""
     say(f"{reason}; the same command goes on from the last checkpoint, if there is one", stderr)
     with contextlib.suppress(OSError, ValueError):
-        # A progress bar has hidden the cursor, and nobody else will bring it back.
-        sys.stdout.write("\x1b[?25h\n" if sys.stdout.isatty() else "")
         sys.stdout.flush()
+        # A progress bar has hidden the cursor, and nobody else will bring it back. It stands in for sys.stdout, too.
+        if sys.__stdout__ and sys.__stdout__.isatty():
+            sys.__stdout__.write("\x1b[?25h\n")
+            sys.__stdout__.flush()
     os._exit(EXIT_STOPPED)
