@@ -17,7 +17,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import figures, loading, pages, predictions, storage
+from trainer import figures, loading, pages, pipeline, predictions, storage
 from trainer.dashboard import Dashboard
 from trainer.endpoint import Endpoint
 from trainer.errors import RequestError, Stopped
@@ -181,7 +181,10 @@ def test_want_of_memory_for_the_report_costs_nothing_else(run_here: Any, tmp_pat
 def test_size_of_a_batch_changes_no_evaluation(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_here(model_dir=str(tmp_path / "whole"), epochs=1)
     monkeypatch.setattr(loading, "_MOST_VALUES", 70 * 28 * 28)
+    batches = Mock(wraps=pipeline.eval_dataset_fn)
+    monkeypatch.setattr(pipeline, "eval_dataset_fn", batches)
     parts = run_here(model_dir=str(tmp_path / "parts"), epochs=1)
+    assert {call.args[1] for call in batches.call_args_list} == {70}
     assert parts["test_examples"] == whole["test_examples"]
     assert parts["test_accuracy"] == whole["test_accuracy"]
     assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
@@ -196,11 +199,12 @@ def test_output_that_nobody_can_read_stops_no_job(tmp_path: Path, tiny_data: Pat
     assert ended.stderr.count("stdout cannot be written (No space left on device)") == 1
     result = storage.read_json(tmp_path / "run/result.json")
     assert result
-    with open("/dev/full", "w") as full:
-        # Of a run that has finished before, and of the launcher.
-        script = f"from trainer.console import print_result as p; p({result}, 'x'); from launch.local import _show; _show(0, 'a')"
-        again = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert again.returncode == 0, again.stderr
+    # A run that has finished before, and the launcher.
+    calls = f"from trainer.console import print_result as f; f({result}, 'x')", "from launch.local import _show as f; f(0, 'a')"
+    for script in calls:
+        with open("/dev/full", "w") as full:
+            again = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert again.returncode == 0, again.stderr
 
 
 def test_program_without_stdout_and_stderr_keeps_its_exit_code() -> None:
