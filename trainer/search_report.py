@@ -38,7 +38,8 @@ def write(search: Search, result: dict[str, Any] | None) -> None:
             pictures["Trials in order, and the best so far"] = history(known)
             pictures["Each trial's options: a line a trial, blue is better"] = parallel_coordinates(known)
         # Of a few trials, or of one and the same accuracy, nothing can be told.
-        if len({found.value for found in trials if found.state == TrialState.COMPLETE}) >= _FEWEST_TO_EXPLAIN:
+        complete = [found.value for found in trials if found.state == TrialState.COMPLETE]
+        if len(complete) >= _FEWEST_TO_EXPLAIN and len(set(complete)) > 1:
             pictures["What mattered: share of the accuracy's variance (fANOVA)"] = importances(search.study)
     values = {
         "name": search.folder.name,
