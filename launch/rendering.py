@@ -1,13 +1,12 @@
 """One user's job out of an overlay's objects, with its name, image, size, volume and flags; whether all that goes together."""
 
+import dataclasses
 import math
-import posixpath
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 from launch import manifests
-from launch.arguments import check_trials, task_config
+from launch.arguments import check_trials, is_below, task_config, without_files
 from launch.kubectl import Object
 from launch.request import Request
 from launch.workload import (
@@ -96,7 +95,9 @@ def _check_overlay(request: Request, objects: Sequence[Object], workload: Object
 
 
 def _fill(objects: list[Object], workload: Object, request: Request) -> None:
-    config = task_config(_task_flags(workload, request.task))
+    request = dataclasses.replace(request, task=tuple(without_files(request.task, _task_flags(workload))))
+    readable, _ = _volumes(objects)
+    config = task_config(_task_flags(workload, request.task), readable)
     container = main_container(workload)
     _set_resources(container, request)
     if request.workers is not None:
@@ -108,7 +109,7 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     _set_grace_period(objects, workload, config.grace_period)
     if is_search(workload):
         own_space = any(word.startswith("--space") for word in container["command"])
-        check_trials(_task_flags(workload, request.task), own_space=own_space)
+        check_trials(_task_flags(workload, request.task), readable, own_space=own_space)
     # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.
     given = [flag.replace("$(", "$$(") for flag in request.task]
     of_overlay = container.get("args", [])
@@ -120,7 +121,7 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     _rename(objects, workload["metadata"]["name"], request.name)
 
 
-def _task_flags(workload: Object, given: Sequence[str]) -> list[str]:
+def _task_flags(workload: Object, given: Sequence[str] = ()) -> list[str]:
     """All flags that a worker will get, but for files of flags, which are on the worker only."""
     return [flag for flag in main_container(workload).get("args", []) if not flag.startswith(TRIAL_FLAG)] + list(given)
 
@@ -184,18 +185,23 @@ def _set_trials(objects: list[Object], workload: Object, request: Request) -> No
     trials = next((found for found in objects if found["kind"] == "ConfigMap"), None)
     if not trials or not is_sweep(workload) or is_search(workload):
         raise RequestError(f"--trials: the overlay {request.overlay} is no sweep; take --overlay=sweep")
-    for number, flags in enumerate(request.trials):
-        _check_trial(number, flags, objects, workload, request.task)
-    trials["data"] = {str(number): "".join(f"{flag}\n" for flag in flags) for number, flags in enumerate(request.trials)}
+    contents = [_trial_flags(number, flags, objects, workload, request.task) for number, flags in enumerate(request.trials)]
+    trials["data"] = {str(number): "".join(f"{flag}\n" for flag in flags) for number, flags in enumerate(contents)}
     workload["spec"] |= {"completions": len(request.trials), "maxFailedIndexes": len(request.trials)}
     workload["spec"]["parallelism"] = min(len(request.trials), workload["spec"]["parallelism"])
 
 
-def _check_trial(number: int, flags: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]) -> None:
+def _trial_flags(
+    number: int, flags: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]
+) -> Sequence[str]:
+    """A trial's own flags, checked."""
     try:
-        config = task_config([*_task_flags(workload, task), *flags])
+        others = _task_flags(workload, task)
+        flags = without_files(flags, others)
+        config = task_config([*others, *flags], _volumes(objects)[0])
         _check_fit(config, workload)
         _check_paths(config, objects, workload, flags)
+        return flags
     except RequestError as error:
         raise RequestError(f"--trials: trial {number}: {error}") from error
 
@@ -224,20 +230,23 @@ def _check_paths(config: Config, objects: list[Object], workload: Object, given:
     Raises:
         RequestError: one is not.
     """
-    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
-    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
-    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
-    readable = {mount["mountPath"] for mount in mounts}
+    readable, writable = _volumes(objects)
     for flag in ("model_dir", "data_dir"):
         path = getattr(config, flag)
         named = any(re.match(rf"--?{flag}\b", argument) for argument in given)
         if named and flag == "model_dir" and is_sweep(workload):
             raise RequestError("--model_dir: each trial of a sweep has its own, /data/runs/NAME/NUMBER; leave it out")
-        clean = PurePosixPath(posixpath.normpath(path))
-        parents = {str(parent) for parent in (clean, *clean.parents)}
-        if named and path and "://" not in path and not parents & (writable if flag == "model_dir" else readable):
+        if named and path and "://" not in path and not is_below(path, writable if flag == "model_dir" else readable):
             kind = "no volume of the workers that can be written" if flag == "model_dir" else "no volume of the workers"
             raise RequestError(f"--{flag}={path} is on {kind}: expected a folder below /data")
+
+
+def _volumes(objects: list[Object]) -> tuple[set[str], set[str]]:
+    """Where volumes are mounted that outlive a pod: those that can be read, and those that can be written."""
+    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
+    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
+    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
+    return {mount["mountPath"] for mount in mounts}, writable
 
 
 def _rename(objects: list[Object], old: str, new: str) -> None:

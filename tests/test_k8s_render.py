@@ -128,6 +128,35 @@ def test_sweep_has_the_trials_of_a_file(bench: Bench) -> None:
     assert "sweep1-trials" in json.dumps(pods.of(objects)[0].spec)
 
 
+def test_options_in_files_of_this_machine_travel_as_flags(tmp_path: Path) -> None:
+    preset, flagfile = tmp_path / "best.yaml", tmp_path / "flags"
+    preset.write_text("learning_rate: 1e-4\nresume: false\njit_compile: false\nmodel: fast_cnn\nmodel_dir: /data/elsewhere\n")
+    flagfile.write_text(f"# mine\n--epochs=2\n--preset={preset}\n")
+    given = (f"--flagfile={flagfile}", "--model", "bn_cnn")
+    command = pods.of(render(Request(name="digits", task=given)))[0].command
+    assert str(tmp_path) not in json.dumps(command)
+    config = task_config(command[command.index("trainer.task") + 1 :])
+    # What the overlay or a flag says counts more than the preset, wherever it stands.
+    assert (config.learning_rate, config.resume, config.epochs) == (0.0001, False, 2)
+    assert (config.model, config.model_dir) == ("bn_cnn", "/data/runs/digits")
+    assert "--nojit_compile" in command
+    sweep = render(Request(overlay="sweep", task=("--epochs=3",), trials=(("--seed=1", "--preset", str(preset)),)))
+    (trials,) = [found for found in sweep if found["kind"] == "ConfigMap"]
+    assert "--learning_rate=0.0001\n" in trials["data"]["0"]
+    assert "preset" not in trials["data"]["0"]
+    assert "model_dir" not in trials["data"]["0"]
+
+
+def test_preset_on_the_volume_is_left_to_the_workers() -> None:
+    for overlay in ("multi-worker", "trainjob", "tune"):
+        objects = render(Request(overlay=overlay, task=("--preset=/data/runs/search/best.yaml",)))
+        assert "--preset=/data/runs/search/best.yaml" in json.dumps(pods.of(objects)[0].spec)
+    with pytest.raises(RequestError, match=r"preset=/elsewhere/best\.yaml: cannot be read"):
+        render(Request(task=("--preset=/elsewhere/best.yaml",)))
+    with pytest.raises(RequestError, match="epochs"):
+        render(Request(task=("--preset=/data/runs/search/best.yaml", "--epochs=-1")))
+
+
 def test_render_writes_a_file_of_each_object_into_a_new_folder(bench: Bench) -> None:
     folder = bench.folder / "out"
     bench.works("render", f"--output={folder}", "--name=digits")

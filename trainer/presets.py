@@ -60,15 +60,24 @@ def from_preset(preset: str, overrides: dict[str, Any]) -> Config:
     """
     if preset in PRESETS:
         values = PRESETS[preset]
-    elif Path(preset).suffix in (".yaml", ".yml"):
-        values = _from_file(Path(preset))
+    elif is_file(preset):
+        values = from_file(Path(preset))
     else:
         raise RequestError(f"--preset={preset}: expected one of {', '.join(PRESETS)}, or a file of options, NAME.yaml")
     return Config(**{**values, **overrides, "preset": preset})
 
 
-def _from_file(path: Path) -> dict[str, Any]:
-    """The options in a file: what differs from the defaults, as in `PRESETS`."""
+def is_file(preset: str) -> bool:
+    """Whether a preset is in a file of its own, by its name."""
+    return Path(preset).suffix in (".yaml", ".yml")
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The options in a file: what differs from the defaults, as in `PRESETS`.
+
+    Raises:
+        RequestError: there is no such file, or no such option, or a value cannot be met.
+    """
     fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
     content = read_yaml("preset", path)
     if unknown := [name for name in content if name not in fields]:
