@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,17 @@ def test_folder_of_another_run_is_found(stopped_late: Path, tiny_data: Path) -> 
     done = doctor(model_dir=stopped_late, data_dir=tiny_data, preset="article", global_batch_size=32)
     assert done.returncode == 2
     assert "holds a run of another configuration" in done.stdout
+
+
+def test_ctrl_c_ends_it_as_there_is_nothing_to_save(tiny_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer.doctor", *arguments({"data_dir": tiny_data, "model_dir": tmp_path / "run"})]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert "cluster" in started.stdout.readline()
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate(timeout=120)
+    assert started.returncode == 130
+    assert "saving" not in errors
+    assert "interrupted" in errors
 
 
 def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:

@@ -197,6 +197,21 @@ def test_command_prints_a_line_an_image(digits, model_dir: Path, tmp_path: Path)
     assert sum(prediction["probabilities"]) == pytest.approx(1, abs=1e-3)
 
 
+def test_unusable_files_end_the_command_before_any_output_or_are_left_out(digits, model_dir: Path, tmp_path: Path) -> None:
+    good, bad = tmp_path / "one.png", tmp_path / "broken.png"
+    Image.fromarray(digits[1][0]).save(good)
+    bad.write_bytes(good.read_bytes()[:100])
+    command = [sys.executable, "-m", "trainer.predict", f"--model_dir={model_dir}", str(good), str(bad), str(good)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = subprocess.run([*command, "--on_error=skip"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [str(good)] * 2
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"trainer.predict: left out: {bad}: ")
+    with pytest.raises(RequestError, match=r"broken\.png"):
+        list(predict.predict(str(model_dir), [bad, bad], "skip"))
+
+
 @pytest.mark.parametrize(
     ("program", "argv", "words"),
     [

@@ -51,7 +51,7 @@ class Report:
         return all(check["status"] != "fail" for check in self.checks)
 
 
-def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
+def examine(config: Config, report: Report) -> None:
     """Makes all checks. What depends on a check that has failed is not looked at."""
     workers = report.check("cluster", _look_at_cluster)
     model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
@@ -81,7 +81,7 @@ def examine(config: Config, report: Report, stop: signals.StopRequest) -> None:
         return
     restarts = report.check("run", lambda: _look_at_run(model_dir, config, data, workers))
     if restarts is not None and len(workers.workers) > 1:
-        peers = report.check("peers", lambda: _look_at_peers(config, data, workers, layout, stop))
+        peers = report.check("peers", lambda: _look_at_peers(config, data, workers, layout))
         if peers is not None:
             report.add(**dataclasses.asdict(machine.check_clocks(peers)))
 
@@ -153,11 +153,12 @@ def _look_at_run(model_dir: Path, config: Config, data: dataset.Dataset, workers
     return f"goes on with the run in {model_dir}" if restarts else f"{model_dir} holds no run yet", restarts
 
 
-def _look_at_peers(
-    config: Config, data: dataset.Dataset, workers: Cluster, layout: Any, stop: signals.StopRequest
-) -> tuple[str, Sequence[Any]]:
+def _look_at_peers(config: Config, data: dataset.Dataset, workers: Cluster, layout: Any) -> tuple[str, Sequence[Any]]:
     from trainer import preflight
 
+    # Peers are told of a stop; until here, nobody but this process has to know.
+    stop = signals.StopRequest()
+    signals.listen(stop, lambda: config.grace_period)
     Path(config.model_dir).mkdir(parents=True, exist_ok=True)
     with (
         storage.exclusive(Path(config.model_dir), needed=workers.is_chief),
@@ -171,13 +172,11 @@ def _look_at_peers(
 def main(positional: list[str]) -> None:
     """Prints one line a check; exits with 0 if the job can start, else with 2."""
     config = task_flags.to_config(flags.FLAGS, positional)
-    stop = signals.StopRequest()
-    signals.listen(stop, lambda: config.grace_period)
     as_json = flags.FLAGS.format == "json"
     report = Report(_show_nothing if as_json else _show)
     if as_json:
         logging.getLogger("digitfleet").setLevel(logging.WARNING)
-    examine(config, report, stop)
+    examine(config, report)
     if as_json:
         cli.show(json.dumps({"ok": report.passed, "checks": report.checks}))
     sys.exit(EXIT_FINISHED if report.passed else EXIT_REQUEST)

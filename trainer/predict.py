@@ -4,6 +4,7 @@ Pictures of any size, colour and polarity; what is done to them is in `images.py
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,23 +16,24 @@ from trainer import cli, pictures, storage
 from trainer.errors import RequestError
 
 _BATCH = 32
+_log = logging.getLogger("digitfleet")
 
 
-def predict(model_dir: str, paths: list[Path]) -> Iterator[dict[str, Any]]:
+def predict(model_dir: str, paths: list[Path], on_error: str = "fail") -> Iterator[dict[str, Any]]:
     """Classifies pictures, some at a time.
 
     Args:
         model_dir: folder of a finished job.
         paths: image files.
+        on_error: "fail" at, or "skip" and log, those that are no usable images.
 
     Yields:
         For each: file, digit (the number of the class), class_name, probability, and the probabilities of all classes.
 
     Raises:
-        RequestError: a file is no usable image, or there is no export.
+        RequestError: a file is no usable image and is not skipped, or all are skipped, or there is no export.
     """
-    for path in paths:
-        pictures.load(path, 1)  # What cannot be read is told before TensorFlow is imported.
+    paths = _usable(paths, on_error)
     storage.export_of(model_dir)
     with cli.quiet_start():
         from trainer import loading
@@ -45,12 +47,35 @@ def predict(model_dir: str, paths: list[Path]) -> Iterator[dict[str, Any]]:
             yield {"file": str(path), **prediction}
 
 
+def _usable(paths: list[Path], on_error: str) -> list[Path]:
+    """The paths of usable images: what cannot be read is told before TensorFlow is imported."""
+    errors = {path: error for path in paths if (error := _what_is_wrong(path))}
+    usable = [path for path in paths if path not in errors]
+    if errors and (on_error == "fail" or not usable):
+        raise next(iter(errors.values()))
+    for error in errors.values():
+        _log.warning("left out: %s", error)
+    return usable
+
+
+def _what_is_wrong(path: Path) -> RequestError | None:
+    try:
+        pictures.load(path, 1)
+    except RequestError as error:
+        return error
+    return None
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """Adds this command's flags."""
     flags.DEFINE_string("model_dir", None, "Folder of a finished job.", flag_values=values, module_name=sys.argv[0])
     flags.DEFINE_enum(
         "format", "text", ["text", "json"], "What to print, a line an image.", flag_values=values, module_name=sys.argv[0]
     )
+    flags.DEFINE_enum(
+        "on_error", "fail", ["fail", "skip"], "Files that are no usable images. skip: name them on stderr, and go on.",
+        flag_values=values, module_name=sys.argv[0],
+    )  # fmt: skip
 
 
 def main(positional: list[str]) -> None:
@@ -59,7 +84,8 @@ def main(positional: list[str]) -> None:
         raise RequestError("--model_dir must be given: the folder of a finished job")
     if not positional:
         raise RequestError("no image given: python -m trainer.predict --model_dir D FILE...")
-    for prediction in predict(flags.FLAGS.model_dir, [Path(argument) for argument in positional]):
+    paths = [Path(argument) for argument in positional]
+    for prediction in predict(flags.FLAGS.model_dir, paths, flags.FLAGS.on_error):
         if flags.FLAGS.format == "json":
             cli.show(json.dumps(prediction))
         else:
