@@ -108,6 +108,10 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     _check_paths(config, objects, workload, request.task)
     _set_grace_period(objects, workload, config.grace_period)
     if is_search(workload):
+        # Cloud Storage FUSE has no locks, and of two that append to a file one loses what it wrote:
+        # https://cloud.google.com/storage/docs/cloud-storage-fuse/overview
+        if request.bucket and request.bucket[0] == "gs" and workload["spec"]["parallelism"] > 1:
+            raise RequestError("--storage=gs://: the pods of a search share files with locks: name a claim, or take --workers=1")
         own_space = any(word.startswith("--space") for word in container["command"])
         check_trials(_task_flags(workload, request.task), readable, own_space=own_space)
     # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.

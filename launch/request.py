@@ -20,8 +20,8 @@ _LEAST_CPUS, _MOST_CPUS = quantity("1m"), quantity("4096")
 _LEAST_MEMORY, _MOST_MEMORY = quantity("64Mi"), quantity("1Pi")
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html and Google's own rules, which allow underscores.
 _BUCKETS = (
-    re.compile(r"(gs)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?"),
-    re.compile(r"(s3)://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/?"),
+    re.compile(r"(gs)://(?!.*\.\.)([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/?"),
+    re.compile(r"(s3)://(?!.*\.\.)([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/?"),
 )
 # What `--components` takes; components for buckets come by `--storage`, which names the bucket.
 COMPONENTS = ("tensorboard", "data-service", "cpu", "spot", "kueue")

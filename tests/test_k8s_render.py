@@ -262,6 +262,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"overlay": "sweep", "trials": (("--model_dir=/data/runs/all",),)}, "trial 0: --model_dir: each trial"),
     ({"overlay": "sweep", "trials": (("--data_dir=/nowhere",),)}, "trial 0: --data_dir=/nowhere is on no volume"),
     ({"storage": "ftp://x"}, "--storage=ftp://x"),
+    ({"storage": "s3://a..b"}, "--storage=s3://a..b"),
+    ({"storage": "gs://bucket-1", "overlay": "tune"}, "share files with locks: name a claim, or take --workers=1"),
     ({"storage": "gs://UPPER"}, "--storage=gs://UPPER"),
     ({"storage": "Claim"}, "--storage=Claim"),
     ({"overlay": "single-node", "workers": 2}, "--workers=2: this overlay is for one worker"),
@@ -298,3 +300,7 @@ def test_pods_have_the_time_that_their_task_may_take_to_save(overlay: str) -> No
 
 def test_data_on_the_bucket_is_found_on_its_volume() -> None:
     assert render(Request(storage="s3://bucket-1", task=("--data_dir=/bucket/mnist",)))
+
+
+def test_search_of_one_pod_may_be_on_a_bucket() -> None:
+    assert render(Request(storage="gs://bucket-1", overlay="tune", workers=1))
