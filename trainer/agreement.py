@@ -38,7 +38,7 @@ class Agreement:
             replicas = getattr(variable.value, "values", [variable.value])
             for index, replica in enumerate(replicas):
                 # A view of a tensor is not always contiguous, and bfloat16 has no buffer; to copy takes longer than the sum.
-                content = np.ascontiguousarray(replica.numpy()).view(np.uint8)
+                content = np.ascontiguousarray(replica.numpy()).view(np.uint8).data
                 checksums[index] = zlib.crc32(content, checksums[index])
         return self.own_places(checksums)
 
