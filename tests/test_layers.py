@@ -116,6 +116,24 @@ def test_augmentation_of_an_image_does_not_depend_on_the_rest_of_its_batch(kind:
 
 
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
+def test_augmentation_fades_out_over_the_last_share_of_a_job(kind: str) -> None:
+    images = tf.random.stateless_uniform([100, 28, 28, 1], (0, 0), maxval=255)
+    positions = tf.range(0, 1000, 10, dtype=tf.int64)
+    strength = augmentation.strength_at(positions, 1000, 0.5)
+    np.testing.assert_allclose(strength, np.minimum(1, (1000 - positions.numpy()) / 500))
+    whole, faded = augment(images, positions, kind, 0), augment(images, positions, kind, 0, strength=strength)
+    np.testing.assert_array_equal(faded[:51], whole[:51])
+    change = np.abs(faded - images).mean((1, 2, 3))
+    assert change[-1] < 0.3 * change[:51].mean()
+    assert change[-20:].mean() < change[60:80].mean() < change[:50].mean()
+    np.testing.assert_array_equal(augment(images, positions, kind, 0, strength=tf.zeros([100])), images)
+    # Of an image alone, whatever else is in its batch.
+    part = augment(images[70:77], positions[70:77], kind, 0, strength=augmentation.strength_at(positions[70:77], 1000, 0.5))
+    np.testing.assert_array_equal(part, faded[70:77])
+    assert augmentation.strength_at(positions, 1000, 0.0) is None
+
+
+@pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
 def test_augmented_images_are_interpolated_as_scipy_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     resample = augmentation._resample

@@ -193,6 +193,16 @@ def test_displacements_are_as_large_as_asked_for() -> None:
     assert abs(few - usual) > 1e-6
 
 
+def test_augmentation_fades_over_the_positions_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, strength_at = [], steps.strength_at
+    monkeypatch.setattr(steps, "strength_at", lambda *given: asked.append(given[1:]) or strength_at(*given))
+    options = {"model": "cnn", "augment": "affine", "dropout_rate": 0.0}
+    plain, faded = (train(1, 1, **options, augment_fade=fade)[0][0, steps.LOSS] for fade in (0.0, 1.0))
+    assert asked == [(100 * EXACT["global_batch_size"], 0.0), (100 * EXACT["global_batch_size"], 1.0)]
+    # By a hundredth of the way at most.
+    assert 1e-9 < abs(faded / plain - 1) < 0.01
+
+
 def test_sum_over_workers_takes_one_replica_of_each() -> None:
     """Shares of a number may not come together to it again: test examples are to be counted exactly, on any number of devices."""
     strategy = mirrored(4)

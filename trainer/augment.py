@@ -21,28 +21,58 @@ ELASTIC_PIXELS = 3.0
 _STREAM, _ELASTIC_STREAM = 1, 3
 
 
-def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int, elastic_pixels: float = ELASTIC_PIXELS) -> tf.Tensor:
+def strength_at(positions: tf.Tensor, num_positions: int, fade: float) -> tf.Tensor | None:
+    """How much of the changes is left towards the end, so that the last images are as those that the model will see.
+
+    Augmented images follow another distribution than those that are tested: He et al., https://arxiv.org/abs/1909.09148.
+
+    Args:
+        positions: int64 [b], as `pipeline.py` counts.
+        num_positions: how many a job has.
+        fade: the last share of them, over which the changes become less, linearly, down to none. 0: they stay.
+
+    Returns:
+        float32 [b] between 0 and 1, or None for 1.
+    """
+    if not fade:
+        return None
+    left = 1 - tf.cast(positions, tf.float64) / num_positions
+    return tf.cast(tf.clip_by_value(left / fade, 0, 1), tf.float32)
+
+
+def augment(
+    images: tf.Tensor,
+    positions: tf.Tensor,
+    kind: str,
+    seed: int,
+    elastic_pixels: float = ELASTIC_PIXELS,
+    strength: tf.Tensor | None = None,
+) -> tf.Tensor:
     """Moves and deforms each image a little.
 
     Args:
-        images: float32 [b, H, W, C]; what comes in from outside is 0.
+        images: uint8 or float32 [b, H, W, C]; what comes in from outside is 0.
         positions: int64 [b], as `pipeline.py` counts.
         kind: "none", "shift" (whole pixels), "affine" (shift, rotation, scale, shear; bilinear) or "elastic" (local
             displacements, then affine).
         seed: the job's seed.
         elastic_pixels: how far control points of elastic displacements move at most; up to 4.
+        strength: float32 [b], a factor of each image's changes, from 0 (none) to 1. None: 1.
 
     Returns:
         float32 [b, H, W, C].
     """
+    images = tf.cast(images, tf.float32)
     if kind == "none":
         return images
     random = uniform(positions, 6, seed, _STREAM)
     if kind == "shift":
         shift = tf.floor(random[:, :2] * (2 * _MAX_SHIFT_PIXELS + 1)) - _MAX_SHIFT_PIXELS
+        shift = shift if strength is None else tf.round(shift * strength[:, tf.newaxis])
         one, zero = tf.ones_like(shift[:, 0]), tf.zeros_like(shift[:, 0])
         return _resample(images, (one, zero, zero, one), shift, tf.zeros([1, 2, 1, 1]))
     signed = 2 * random - 1
+    signed = signed if strength is None else signed * strength[:, tf.newaxis]
     angle = signed[:, 2] * _MAX_ROTATION_RADIANS
     height, width = 1 + signed[:, 3] * _MAX_SCALE, 1 + signed[:, 4] * _MAX_SCALE
     shear = signed[:, 5] * _MAX_SHEAR
@@ -52,6 +82,8 @@ def augment(images: tf.Tensor, positions: tf.Tensor, kind: str, seed: int, elast
     matrix = (width * cosine, height * (shear * cosine - sine), width * sine, height * (shear * sine + cosine))
     elastic = kind == "elastic"
     displacements = _displacements(positions, images.shape[1:3], seed, elastic_pixels) if elastic else tf.zeros([1, 2, 1, 1])
+    if elastic and strength is not None:
+        displacements *= strength[:, tf.newaxis, tf.newaxis, tf.newaxis]
     return _resample(images, matrix, signed[:, :2] * _MAX_SHIFT_PIXELS, displacements)
 
 

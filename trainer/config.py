@@ -151,6 +151,7 @@ class Config:
         choices=("none", "shift", "affine", "elastic"),
     )
     elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels; up to 4.", above=0, at_most=4)
+    augment_fade: float = option(0.0, "Last share of training, over which --augment fades to nothing.", at_least=0, at_most=1)
     precision: str = option(
         "float32",
         "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling. auto: "

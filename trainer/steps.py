@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from trainer.augment import augment
+from trainer.augment import augment, strength_at
 from trainer.config import Config
 from trainer.layers import training_on
 from trainer.models import weights_of
@@ -61,7 +61,7 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         examples and means of the rest. On GPUs, which work on their own, times are those at which work was handed over. With
         `--deterministic` TensorFlow tells no time: they are NaN.
     """
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, num_positions = state.model, state.optimizer, state.schedule.total_steps * config.global_batch_size
     num_replicas, time_of = strategy.num_replicas_in_sync, _no_time if config.deterministic else _time_of
     gradients_fn = _make_gradients_fn(config, model, optimizer, num_replicas)
     dtype_sent = exchange_dtype(config, strategy)
@@ -70,8 +70,8 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         dtype = tf.float64 if config.precision == "float64" else tf.float32
-        images = augment(tf.cast(images, tf.float32), positions, config.augment, config.seed, config.elastic_pixels)
-        images = tf.cast(images, dtype)
+        strength = strength_at(positions, num_positions, config.augment_fade)
+        images = tf.cast(augment(images, positions, config.augment, config.seed, config.elastic_pixels, strength), dtype)
         parts = config.gradient_accumulation_steps
         totals = tf.zeros([3], tf.float64)
         gradients: list[tf.Tensor] = []
