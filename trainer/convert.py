@@ -7,27 +7,23 @@
 A conversion that was stopped goes on when it is asked for again.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer import children, cli, records, storage
+from trainer import records, storage
 from trainer.collection import Collection
-from trainer.errors import RequestError, Stopped
-from trainer.shards import Request, Shard, write_records
+from trainer.errors import RequestError
+from trainer.shards import NOTES, Request, Shard, goes_on, writers
 
-_NOTES = ".prepare"
 _SHAPE_OF_FIRST = 1000
 
 
@@ -94,18 +90,21 @@ def convert(
     # Shards whose files have changed are written again; a data set whose files have changed is another one.
     identity = hashlib.sha256("".join(split.images.identity() for split in collection.splits.values()).encode()).hexdigest()
     if records.is_prepared(str(output)):
-        found = records.describe(str(output)).content
-        if (found["fingerprint"], found["source_sha256"]) != (fingerprint, identity):
+        described = records.describe(str(output))
+        if (described.content["fingerprint"], described.content["source_sha256"]) != (fingerprint, identity):
             raise RequestError(f"--output={output}: holds another data set already: give another folder, or remove it")
-        shutil.rmtree(output / _NOTES, ignore_errors=True)
-        return found
+        if _is_whole(described):
+            shutil.rmtree(output / NOTES, ignore_errors=True)
+            return described.content
+        _begin_again(output, fingerprint)
     shape = _first_shape(collection, request)
+    _refuse_colour_digits(collection, shape)
     _begin(output, fingerprint)
     shards = _shards(collection, request)
-    state = (collection, output, request, shape)
-    with storage.stop_when_full("the data set", _goes_on), _writers(num_processes, state) as write:
+    state = (output, len(collection.class_names), request, shape)
+    with storage.stop_when_full("the data set", goes_on), writers(num_processes, state) as write:
         notes = {}
-        for shard, note in write(shards):
+        for shard, note in write(collection, shards):
             notes[shard.name] = note
             done(len(shard.indices))
         if request.on_error == "fail":
@@ -113,7 +112,7 @@ def convert(
         content = _description(collection, shape, shards, notes, output)
         content |= {"encoding": request.encoding, "fingerprint": fingerprint, "source_sha256": identity}
         storage.write_json(output / records.DESCRIPTION, content)
-    shutil.rmtree(output / _NOTES)
+    shutil.rmtree(output / NOTES)
     return content
 
 
@@ -132,7 +131,7 @@ def _refuse_damage(errors: list[str], output: Path) -> None:
     """Ends a conversion some of whose pictures cannot be read; all of them are listed in a file."""
     if not errors:
         return
-    listed = output / _NOTES / "damaged.txt"
+    listed = output / NOTES / "damaged.txt"
     listed.write_text("".join(f"{error}\n" for error in sorted(errors)), errors="surrogateescape")
     more = f", and {len(errors) - 1} more, see {listed}" if len(errors) > 1 else ""
     raise RequestError(f"{min(errors)}{more}: mend it, or leave damaged pictures out with --on_error=skip")
@@ -147,11 +146,36 @@ def _first_shape(collection: Collection, request: Request) -> tuple[int, int, in
     raise RequestError(f"not one of the first {_SHAPE_OF_FIRST} pictures can be read: {image}")
 
 
+def _refuse_colour_digits(collection: Collection, shape: tuple[int, int, int]) -> None:
+    if collection.pictures == "digits" and shape[2] != 1:
+        raise RequestError(
+            f"--pictures=digits looks for strokes in gray, and these pictures have {shape[2]} channels: give --channels=1 if "
+            "they are files, or --pictures=photos"
+        )
+
+
+def _is_whole(described: records.Description) -> bool:
+    """Whether the files are there that a finished conversion has written, by their size."""
+    try:
+        for split in described.content["splits"]:
+            described.records(split, image_size=(1, 1))
+    except RequestError:
+        return False
+    return True
+
+
+def _begin_again(output: Path, fingerprint: str) -> None:
+    """Makes a finished conversion, of which files are lost, one that goes on."""
+    (output / NOTES).mkdir(exist_ok=True)
+    storage.write_json(output / NOTES / "request.json", {"fingerprint": fingerprint})
+    (output / records.DESCRIPTION).unlink()
+
+
 def _begin(output: Path, fingerprint: str) -> None:
-    notes = output / _NOTES
+    notes = output / NOTES
     before = storage.read_json(notes / "request.json")
     if before is None:
-        rest = [path.name for path in output.iterdir() if path.name not in (_NOTES, storage.LOCK)]
+        rest = [path.name for path in output.iterdir() if path.name not in (NOTES, storage.LOCK)]
         if rest:
             raise RequestError(f"--output={output}: holds something else ({sorted(rest)[0]}): give an empty or a new folder")
         notes.mkdir(exist_ok=True)
@@ -173,60 +197,6 @@ def _shards(collection: Collection, request: Request) -> list[Shard]:
             Shard(split=split, name=f"{split}-{index:05d}-of-{number:05d}", indices=part) for index, part in enumerate(parts)
         ]
     return shards
-
-
-_State = tuple[Collection, Path, Request, tuple[int, int, int]]
-# Of this process, when it writes shards.
-_state: _State | None = None
-
-
-@contextlib.contextmanager
-def _writers(num_processes: int, state: _State) -> Iterator[Callable[[list[Shard]], Iterator[tuple[Shard, dict[str, Any]]]]]:
-    """A function that writes shards and gives each with what it holds, as they get finished."""
-    if num_processes == 1:
-        _start(state)
-        yield lambda shards: ((shard, _write(shard)) for shard in shards)
-        return
-    try:
-        with children.pool(num_processes, _start, state) as pool:
-
-            def write(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
-                futures = {pool.submit(_write, shard): shard for shard in shards}
-                for future in concurrent.futures.as_completed(futures):
-                    yield futures[future], future.result()
-
-            yield write
-    except BrokenProcessPool as error:
-        raise Stopped("a process that wrote shards was killed, perhaps for want of memory: run the same command again") from error
-
-
-def _start(state: _State) -> None:
-    global _state
-    _state = state
-
-
-def _write(shard: Shard) -> dict[str, Any]:
-    """Writes one shard, unless it is there, and returns its note."""
-    assert _state is not None
-    collection, output, request, shape = _state
-    path, note_path = output / f"{shard.name}.tfrecord", output / _NOTES / f"{shard.name}.json"
-    source = collection.splits[shard.split].images.take(shard.indices).identity()
-    note = storage.read_json(note_path)
-    if note and note["source_sha256"] == source and path.is_file() and path.stat().st_size == note["bytes"]:
-        return note
-    # Here, as those who look at a data set need not wait for it.
-    with cli.quiet_start():
-        import tensorflow as tf
-
-    note = {"source_sha256": source}
-    with storage.stop_when_full(path.name, _goes_on, tf.errors.OpError):
-        storage.write_file(path, lambda partial: note.update(write_records(partial, shard, collection, request, shape)))
-        storage.write_json(note_path, note)
-    return note
-
-
-def _goes_on() -> str:
-    return "what is finished stays; the same command goes on"
 
 
 def _description(

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import idx, pictures, storage
+from trainer import folders, idx, pictures, storage
 from trainer.collection import Collection, Files, Images, Split
 from trainer.errors import RequestError
 
 IDX_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
              "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 _MOST_CLASSES = 100_000
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
 _LOOKED_AT = 64
 
 
@@ -157,47 +156,8 @@ def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -
 
 
 def _from_folders(folder: Path, channels: int) -> Collection:
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: not a folder; give the one that holds a folder for each class")
-    train, tests = folder / "train", [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
-    # A class may be called "train", too: then there are pictures in it, and no classes.
-    roots = {"train": train if train.is_dir() and _folders(train) else folder}
-    if roots["train"] == folder and tests:
-        raise RequestError(f"{tests[0]}: is it a test set or a class? Put the folders of the training set's classes into {train}")
-    if tests and roots["train"] == train:
-        roots["test"] = tests[0]
-        if not _folders(tests[0]):
-            raise RequestError(f"{tests[0]}: has no folder for each class, so its pictures have no labels; move it elsewhere")
-    class_names = _folders(roots["train"])
-    listed = {split: _list_classes(root, class_names) for split, root in roots.items()}
+    listed, class_names = folders.pictures_by_class(folder)
     return _of_files("images", folder, listed, class_names, channels)
-
-
-def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, but for hidden ones."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    """Whether the system or a tool has left it there: .DS_Store, ._1.png, .ipynb_checkpoints."""
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
-    known = set(class_names)
-    others = [name for name in _folders(root) if name not in known]
-    if others:
-        raise RequestError(f"{root / others[0]}: a class that has no folder in the training set")
-    found = []
-    for name in class_names:
-        found_here = (path for path in (root / name).glob("**/*") if path.suffix.lower() in pictures.SUFFIXES)
-        paths = sorted(path for path in found_here if path.is_file() and not _is_hidden(path, root))
-        if not paths and root.joinpath(name).is_dir():
-            # What cannot be read, glob passes over.
-            list((root / name).iterdir())
-            raise RequestError(f"{root / name}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
-        found += [(path, name) for path in paths]
-    return found
 
 
 def _from_csv(path: Path, channels: int) -> Collection:
@@ -213,8 +173,9 @@ def _from_csv(path: Path, channels: int) -> Collection:
     if not listed.get("train"):
         raise RequestError(f"{path}: no rows of the training set in it")
     names = {name for _, name in listed["train"]}
-    # Numbers as numbers: 10 comes after 9.
-    class_names = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    # Numbers as numbers: 10 comes after 9. Of any length, which `int` refuses.
+    numeric = all(name.isdecimal() for name in names)
+    class_names = sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)) if numeric else sorted(names)
     for file, name in listed.get("test", []):
         if name not in names:
             raise RequestError(f"{file}: its label {name!r} does not occur in the training set")
@@ -230,7 +191,7 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
                 raise RequestError(f"{file}: its first line must name the columns path and label (and split, if there are both)")
             for row in reader:
                 split = (row.get("split") or file_split).strip()
-                if split not in ("train", "test") or not row["path"] or not row["label"]:
+                if split not in ("train", "test") or not row["path"] or not (row["label"] or "").strip():
                     raise RequestError(f"{file}, line {reader.line_num}: expected a path, a label, and as split train or test")
                 rows.append((split, (file.parent / row["path"], row["label"].strip())))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

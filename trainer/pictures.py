@@ -13,7 +13,7 @@ from trainer.errors import RequestError
 
 # No others, although Pillow reads them: it has PostScript run by another program (EPS).
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".webp")
 _MAX_BYTES = 32 * 2**20
 _MAX_PIXELS = 64_000_000
 
@@ -86,10 +86,9 @@ def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
     if image.width * image.height > _MAX_PIXELS:
         raise RequestError(f"{name}: {image.width}x{image.height} pixels are too large: at most {_MAX_PIXELS // 10**6} million")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # 16-bit gray: Pillow's own conversion clips instead of scaling.
-        values = np.asarray(image, np.float32)
-        gray = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-        return gray.convert(mode)
+        # 16-bit gray: Pillow's own conversion clips instead of scaling. All alike, whatever is in them.
+        values = np.asarray(ImageOps.exif_transpose(image), np.float32)
+        return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert(mode)
     if image.mode == mode and "transparency" not in image.info:
         # Pillow reads lazily: here, so that damage shows while the file is known.
         return ImageOps.exif_transpose(image).convert(mode)

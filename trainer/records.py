@@ -181,6 +181,8 @@ def describe(folder: str) -> Description:
         raise RequestError(f"{path}: damaged, or not written by trainer.prepare: copy it again, or prepare again") from error
     if version != FORMAT_VERSION:
         raise RequestError(f"{path}: format version {version}; this digitfleet reads {FORMAT_VERSION}: prepare the data again")
+    if content["pictures"] == "digits" and content["channels"] != 1:
+        raise RequestError(f"{path}: no digits are looked for in colour: prepare it again with --pictures=photos or --channels=1")
     return Description(folder=folder, content=content)
 
 

@@ -1,18 +1,24 @@
-"""One shard of a data set that is being converted: a file of TFRecords, and the note of what is in it."""
+"""The shards of a data set that is being converted: files of TFRecords, each with a note of what is in it."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from trainer import pictures, records
-from trainer.collection import Collection
-from trainer.errors import RequestError
+from trainer import children, cli, pictures, records, storage
+from trainer.collection import Collection, Split
+from trainer.errors import RequestError, Stopped
 
+NOTES = ".prepare"
 # A segment, which is read in one go, ends with the record that fills one of these.
 SEGMENT_RECORDS = 32
 SEGMENT_BYTES = 2**20
@@ -38,16 +44,89 @@ class Shard:
     name: str
     indices: np.ndarray
 
+    def examples(self, collection: Collection) -> Split:
+        """Those of the collection that are in it."""
+        return collection.splits[self.split].take(self.indices)
 
-def write_records(
-    path: Path, shard: Shard, collection: Collection, request: Request, shape: tuple[int, int, int]
-) -> dict[str, Any]:
+
+_State = tuple[Path, int, Request, tuple[int, int, int]]
+# Of this process, when it writes shards.
+_state: _State | None = None
+_Writer = Callable[[Collection, list[Shard]], Iterator[tuple[Shard, dict[str, Any]]]]
+
+
+@contextlib.contextmanager
+def writers(num_processes: int, state: _State) -> Iterator[_Writer]:
+    """A function that writes shards and gives each with what it holds, as they get finished.
+
+    Args:
+        num_processes: that write at a time.
+        state: the folder, the number of classes, how to write, and (H, W, C) of the first image.
+
+    Raises:
+        Stopped: a process was killed, or the disk is full.
+    """
+    if num_processes == 1:
+        _start(state)
+        yield lambda collection, shards: ((shard, _write(shard.name, shard.examples(collection))) for shard in shards)
+        return
+    try:
+        with children.pool(num_processes, _start, state) as pool:
+
+            def write(collection: Collection, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+                # A process gets what it writes, and no more than a shard waits for each: the whole may not be there twice.
+                waiting, futures = iter(shards), dict[concurrent.futures.Future[dict[str, Any]], Shard]()
+                while True:
+                    for shard in itertools.islice(waiting, 2 * num_processes - len(futures)):
+                        futures[pool.submit(_write, shard.name, shard.examples(collection))] = shard
+                    if not futures:
+                        return
+                    finished, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in finished:
+                        yield futures.pop(future), future.result()
+
+            yield write
+    except BrokenProcessPool as error:
+        raise Stopped("a process that wrote shards was killed, perhaps for want of memory: run the same command again") from error
+
+
+def _start(state: _State) -> None:
+    global _state
+    _state = state
+
+
+def _write(name: str, examples: Split) -> dict[str, Any]:
+    """Writes one shard, unless it is there, and returns its note."""
+    assert _state is not None
+    output, num_classes, request, shape = _state
+    path, note_path = output / f"{name}.tfrecord", output / NOTES / f"{name}.json"
+    source = examples.images.identity()
+    note = storage.read_json(note_path)
+    if note and note["source_sha256"] == source and path.is_file() and path.stat().st_size == note["bytes"]:
+        return note
+    # Here, as those who look at a data set need not wait for it.
+    with cli.quiet_start():
+        import tensorflow as tf
+
+    note = {"source_sha256": source}
+    with storage.stop_when_full(path.name, goes_on, tf.errors.OpError):
+        storage.write_file(path, lambda partial: note.update(write_records(partial, examples, num_classes, request, shape)))
+        storage.write_json(note_path, note)
+    return note
+
+
+def goes_on() -> str:
+    """What is said of a conversion that stops."""
+    return "what is finished stays; the same command goes on"
+
+
+def write_records(path: Path, examples: Split, num_classes: int, request: Request, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Writes one shard.
 
     Args:
         path: the file.
-        shard: which examples.
-        collection: of which.
+        examples: what it is to hold, in this order.
+        num_classes: that there are labels of.
         request: how to write them.
         shape: (H, W, C) of the first image, which the others are held against.
 
@@ -60,20 +139,19 @@ def write_records(
     """
     import tensorflow as tf
 
-    split = collection.splits[shard.split]
     sums, squares, num_pixels = np.zeros(shape[2], np.uint64), np.zeros(shape[2], np.uint64), 0
-    counts = np.zeros(len(collection.class_names), np.int64)
+    counts = np.zeros(num_classes, np.int64)
     errors: list[str] = []
     segments: list[list[int]] = []
     offset = 0
     same_shape = True
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for index, image in zip(shard.indices, split.images.read(shard.indices), strict=True):
+        for index, image in enumerate(examples.images.read(range(len(examples)))):
             if isinstance(image, RequestError):
                 errors.append(str(image))
                 continue
-            label = int(split.labels[index])
-            image = _fitted(image, request, shape, split.images.name(index))
+            label = int(examples.labels[index])
+            image = _fitted(image, request, shape, examples.images.name(index))
             record = _serialized(_encoded(image, request.encoding), label)
             writer.write(record)
             if not segments or segments[-1][1] == SEGMENT_RECORDS or offset - segments[-1][0] >= SEGMENT_BYTES:

@@ -1,0 +1,115 @@
+"""Which folders are sets, which are classes, and that no picture in them is lost without a word."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer import formats
+from trainer.errors import RequestError
+
+
+def write(path: Path, suffix: str = "png") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = path.with_suffix(f".{suffix}")
+    Image.fromarray(np.zeros([12, 12], np.uint8)).save(picture, "JPEG" if suffix == "jfif" else "PNG")
+    return picture
+
+
+def write_sets(root: Path, **sizes: int) -> Path:
+    for name, size in sizes.items():
+        for label in "ab":
+            for number in range(size):
+                write(root / name / label / str(number))
+    return root
+
+
+def sizes(root: Path) -> dict[str, int]:
+    return {name: len(split) for name, split in formats.collect("images", root).splits.items()}
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "testing"), ("TRAIN", "val"), ("train", "Valid")])
+def test_sets_are_known_by_their_usual_names(train: str, test: str, tmp_path: Path) -> None:
+    assert sizes(write_sets(tmp_path, **{train: 3, test: 2})) == {"train": 6, "test": 4}
+
+
+def test_set_that_is_taken_for_the_test_set_or_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "digitfleet")
+    assert sizes(write_sets(tmp_path / "in", train=5, test=2, val=3)) == {"train": 10, "test": 4}
+    assert "the test set is test; not used: val" in caplog.text
+    caplog.clear()
+    assert sizes(write_sets(tmp_path / "other", train=5, val=3)) == {"train": 10, "test": 6}
+    assert "the test set is val" in caplog.text
+
+
+def test_sets_of_other_names_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"fold1 and .*fold2 both hold a folder a: are they sets or classes"):
+        sizes(write_sets(tmp_path / "in", fold1=2, fold2=2))
+    with pytest.raises(RequestError, match=r"which of them is the training set"):
+        sizes(write_sets(tmp_path / "twice", train=2, training=2))
+    # Classes may have folders below them.
+    write(tmp_path / "deep" / "cat" / "siamese" / "0")
+    write(tmp_path / "deep" / "dog" / "beagle" / "0")
+    assert sizes(tmp_path / "deep") == {"train": 2}
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write_sets(tmp_path / "in", a=1)
+    write(tmp_path / "elsewhere" / "1")
+    folder = tmp_path / "in" / "a"
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    assert sizes(tmp_path / "in") == {"train": 3}
+
+
+def test_link_that_leads_nowhere_is_a_damaged_picture_or_a_lost_class(tmp_path: Path) -> None:
+    write_sets(tmp_path, train=1, test=1)
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    images = formats.collect("images", tmp_path).splits["train"].images
+    (wrong,) = [found for found in images.read(range(len(images))) if isinstance(found, RequestError)]
+    assert "gone.png: cannot be read" in str(wrong)
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RequestError, match=r"c: a link to .*nowhere, which is not there"):
+        sizes(tmp_path)
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_sets(tmp_path, a=2, b=2)
+    for name in ("0.tif", "1.TIF", "list.txt", ".DS_Store", "._1.png"):
+        (tmp_path / "a" / "a" / name).write_bytes(b"")
+    write(tmp_path / "b" / "b" / "camera", "jfif")
+    (tmp_path / "b" / "top.png").write_bytes((tmp_path / "b" / "b" / "0.png").read_bytes())
+    assert sizes(tmp_path) == {"train": 10}
+    assert "3 files are no pictures of a known kind, and are not read: .tif, .txt" in caplog.text
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads every folder: the system's answer is made up."""
+    write_sets(tmp_path, train=1, test=1)
+    closed, scandir = tmp_path / "train" / "a", os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        RequestError, match=f"{re.escape(str(closed))}.*Permission denied|Permission denied.*{re.escape(str(closed))}"
+    ):
+        sizes(tmp_path)
+
+
+def test_labels_of_a_csv_are_in_one_order_whatever_their_form(tmp_path: Path) -> None:
+    names = ["1", "01", "001", "10", "9", "0", "1" + "0" * 5000]
+    write(tmp_path / "0")
+    rows = "".join(f"0.png,{name},{split}\n" for name in names for split in ("train", "test"))
+    (tmp_path / "list.csv").write_text("path,label,split\n" + rows)
+    assert formats.collect("csv", tmp_path).class_names[:-1] == ("0", "001", "01", "1", "9", "10")
+    (tmp_path / "list.csv").write_text("path,label\n0.png,  \n")
+    with pytest.raises(RequestError, match="line 2: expected a path, a label"):
+        formats.collect("csv", tmp_path)
