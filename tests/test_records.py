@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, arguments
 
-from trainer import dataset, evaluate, loading, records, storage, streaming
+from trainer import damage, dataset, evaluate, loading, records, storage, streaming
 from trainer.collection import Collection, Images, Split
 from trainer.convert import convert
 from trainer.errors import RequestError, Stopped
@@ -37,9 +37,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write(tmp_path / "data", request.param)
 
 
-def write(folder: Path, encoding: str = "raw") -> Path:
+def write(folder: Path, encoding: str = "raw", labels: np.ndarray = LABELS) -> Path:
     folder.mkdir()
-    splits = {"train": Split(Images(PIXELS), LABELS), "test": Split(Images(PIXELS[:40]), LABELS[:40])}
+    splits = {"train": Split(Images(PIXELS), labels), "test": Split(Images(PIXELS[:40]), LABELS[:40])}
     collection = Collection(format="npz", splits=splits, class_names=("a", "b", "c", "d", "e"), pictures="digits")
     request = Request(num_shards=SHARDS, encoding=encoding, image_size=None, test_fraction=0, seed=0, on_error="fail")
     convert(collection, folder, request, 1, lambda _: None)
@@ -203,13 +203,25 @@ def test_missing_and_cut_shards_are_named_and_skipped_if_asked_for(
     assert f"left out: {folder / SHARD}" in caplog.text
 
 
+def test_shard_of_other_records_is_known_although_none_is_damaged(tmp_path: Path) -> None:
+    folder, other = write(tmp_path / "data"), write(tmp_path / "other", labels=(LABELS + 1) % 5)
+    assert (folder / SHARD).stat().st_size == (other / SHARD).stat().st_size
+    (folder / SHARD).write_bytes((other / SHARD).read_bytes())
+    found = dataset.load(str(folder)).train
+    assert isinstance(found, records.Records)
+    left, problems = damage.verified(found)
+    assert problems == [f"{folder / SHARD}: holds other records than dataset.json says (its SHA-256 differs)"]
+    assert (len(left), left.skipped) == (150, 50)
+    assert damage.first_damage(found, lambda _: None) == problems[0]
+
+
 def test_shard_that_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
     folder = write(tmp_path / "data")
     found = dataset.load(str(folder), on_error="skip")
     # Root may read everything; a folder in the file's place cannot be read by anybody.
     (folder / SHARD).unlink()
     (folder / SHARD).mkdir()
-    for look in (lambda: streaming.verified(found.train), lambda: streaming.first_damage(found.train, lambda _: None)):
+    for look in (lambda: damage.verified(found.train), lambda: damage.first_damage(found.train, lambda _: None)):
         with pytest.raises(RequestError, match=f"{SHARD}: cannot be read"):
             look()
 
@@ -226,7 +238,7 @@ def test_search_for_damage_says_that_it_goes_on_and_ends_with_the_first(tmp_path
     folder = write(tmp_path / "data")
     flip(folder / SHARD, 200)
     looked_at: list[str] = []
-    assert f"{SHARD}: a damaged record at byte" in str(streaming.first_damage(dataset.load(str(folder)).train, looked_at.append))
+    assert f"{SHARD}: a damaged record at byte" in str(damage.first_damage(dataset.load(str(folder)).train, looked_at.append))
     assert [line.split("/")[-1] for line in looked_at] == [SHARD.replace("00002", f"0000{number}") for number in range(3)]
 
 
@@ -304,6 +316,6 @@ def test_search_for_damage_that_is_killed_is_a_stop(folder: Path, monkeypatch: p
     def killed(*_: object) -> None:
         raise BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(streaming, "verified", killed)
+    monkeypatch.setattr(damage, "verified", killed)
     with pytest.raises(Stopped, match="was killed, perhaps for want of memory"):
         load(folder, on_error="skip")

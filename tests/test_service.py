@@ -1,5 +1,6 @@
 """tf.data service: the same steps in the same order as without it, and a loss that is noticed."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, free_ports
 
-from trainer import dataset, pipeline, service
+from trainer import dataset, pipeline, records, service, streaming
 from trainer.errors import RequestError, Stopped
 
 _SERVER = [sys.executable, "-m", "trainer.data_server"]
@@ -75,7 +76,6 @@ def test_steps_are_those_without_the_service(
 
 
 @pytest.mark.e2e
-@pytest.mark.e2e
 def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, tiny_records: Path, tmp_path: Path) -> None:
     results = []
     for name, address in (("without", ""), ("with", servers.address)):
@@ -88,6 +88,33 @@ def test_job_ends_in_the_weights_of_a_job_without_the_service(servers: Servers, 
         assert done.returncode == 0, done.stderr
         results.append(next(line for line in done.stderr.splitlines() if "weights_sha256" in line))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_data_worker_with_other_data_or_none_is_told_in_one_line(
+    content: bytes | None, servers: Servers, tiny_records: Path, tmp_path: Path
+) -> None:
+    """On this machine both see the same files: what is there changes once the job has looked."""
+    folder = tmp_path / "records"
+    shutil.copytree(tiny_records, folder)
+    examples = dataset.load(str(folder)).train
+    assert isinstance(examples, records.Records)
+    found = service.train_batches(examples, streaming.Share(0, 32, 32), 0, 0, servers.address)
+    (folder / records.DESCRIPTION).unlink()
+    if content:
+        (folder / records.DESCRIPTION).write_bytes(content)
+    with pytest.raises(RequestError, match="each needs the same files under the same path"), service.loss_told(servers.address):
+        next(iter(found))
+
+
+def test_data_of_a_relative_path_is_found_by_data_workers_in_another_folder(
+    servers: Servers, tiny_records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_records.parent)
+    examples = dataset.load(tiny_records.name).train
+    assert isinstance(examples, records.Records)
+    images, *_ = next(iter(service.train_batches(examples, streaming.Share(0, 32, 32), 0, 0, servers.address)))
+    assert images.shape[0] == 32
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def main(positional: list[str]) -> None:
     served = tf.data.experimental.service
     try:
         if values.dispatcher:
-            service.check(values.dispatcher, _PATIENCE_SECS)
+            service.check(values.dispatcher, _PATIENCE_SECS, flag="--dispatcher")
             # As a pod's address in a cluster of IPv6.
             host = f"[{values.address}]" if ":" in values.address else values.address
             config = served.WorkerConfig(

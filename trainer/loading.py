@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import tensorflow as tf
 
-from trainer import children, streaming
+from trainer import children, damage, streaming
 from trainer.config import Config
 from trainer.dataset import MEMORY_BYTES, Dataset, Examples, Part
 from trainer.errors import RequestError, Stopped
@@ -54,7 +54,7 @@ def without_damage(config: Config, dataset: Dataset, splits: Sequence[str] = ("t
                 _log.warning("left out: %s: missing", file)
         try:
             with children.pool(1, children.import_tensorflow) as pool:
-                found = {name: pool.submit(streaming.verified, part).result() for name, part in parts.items()}
+                found = {name: pool.submit(damage.verified, part).result() for name, part in parts.items()}
         except BrokenProcessPool as error:
             raise Stopped(
                 "the process that looked for damaged records was killed, perhaps for want of memory: run the same command again"
@@ -132,7 +132,7 @@ def damage_told(dataset: Dataset, feed: Callable[[str], None] = lambda _: None) 
         yield
     except _DAMAGE:
         for part in (dataset.train, dataset.test):
-            if isinstance(part, Records) and (problem := streaming.first_damage(part, feed)):
+            if isinstance(part, Records) and (problem := damage.first_damage(part, feed)):
                 raise RequestError(
                     f"{problem}: copy the file again, or start a new run without what is damaged: --on_error=skip"
                 ) from None

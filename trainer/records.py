@@ -35,6 +35,8 @@ class Records:
 
     Attributes:
         files: paths of the shards, local or of TensorFlow's file systems.
+        sha256: of each shard.
+        description: path of dataset.json.
         segments: int64 [S, 3], as in the index; their records are numbered from 0 to N - 1.
         stored_shape: (H, W, C) of the images in the files; None where they are of several sizes.
         image_shape: (H, W, C) that they are scaled to when they are read.
@@ -44,6 +46,8 @@ class Records:
     """
 
     files: tuple[str, ...]
+    sha256: tuple[str, ...]
+    description: str
     segments: np.ndarray
     stored_shape: tuple[int, int, int] | None
     image_shape: tuple[int, int, int]
@@ -104,7 +108,7 @@ class Description:
         Args:
             split: which of the two.
             image_size: height and width that images are scaled to; None for their own.
-            skip_missing: go without shards that are missing or cut short rather than refuse; `streaming.verified` looks
+            skip_missing: go without shards that are missing or cut short rather than refuse; `damage.verified` looks
                 into those that are cut.
 
         Raises:
@@ -132,6 +136,8 @@ class Description:
             raise RequestError(f"{self.folder}: not one shard of the {split} split is there")
         return Records(
             files=tuple(files),
+            sha256=tuple(shard["sha256"] for shard in described["shards"]),
+            description=join(self.folder, DESCRIPTION),
             segments=segments,
             stored_shape=tuple(shape) if shape else None,
             image_shape=(*(image_size or shape[:2]), self.content["channels"]),

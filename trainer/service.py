@@ -9,17 +9,19 @@ Dispatcher and data workers are `data_server.py`.
 """
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import tensorflow as tf
 
 from trainer import streaming
 from trainer.errors import RequestError, Stopped
-from trainer.records import Records
+from trainer.records import DESCRIPTION, Records, is_remote
 from trainer.streaming import Share
 from trainer.tracing import untuned
 
@@ -30,11 +32,12 @@ _CHUNK_BYTES = 2**20
 # Chunks that are ahead of one that is missing. More than data workers have at a time, and it is lost.
 _MOST_AHEAD = 256
 _LAST_CHUNK = 2**40
+_NUM_HASHES, _HASH_KEY = 2**62, [7, 11]
 _lost = threading.Event()
 
 
-def check(address: str, patience: float = 0) -> None:
-    """Sees whether a dispatcher answers, for so many seconds at most.
+def check(address: str, patience: float = 0, *, flag: str = "--data_service") -> None:
+    """Sees whether a dispatcher answers, for so many seconds at most; `flag` is what named it.
 
     Raises:
         RequestError: the address is none.
@@ -42,17 +45,17 @@ def check(address: str, patience: float = 0) -> None:
     """
     host, _, port = address.removeprefix(_SCHEME).rpartition(":")
     if not address.startswith(_SCHEME) or not host or not port.isdecimal() or int(port) > 65_535:
-        raise RequestError(f"--data_service={address}: expected {_SCHEME}HOST:PORT, the dispatcher's address")
+        raise RequestError(f"{flag}={address}: expected {_SCHEME}HOST:PORT, the dispatcher's address")
     deadline = time.monotonic() + patience
     while True:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECS):
                 return
         except UnicodeError as error:
-            raise RequestError(f"--data_service={address}: {host} is no host: {error}") from error
+            raise RequestError(f"{flag}={address}: {host} is no host: {error}") from error
         except OSError as error:
             if time.monotonic() > deadline:
-                raise Stopped(f"--data_service={address}: nothing answers there ({error.strerror or error})") from error
+                raise Stopped(f"{flag}={address}: nothing answers there ({error.strerror or error})") from error
         time.sleep(_RETRY_SECS)
 
 
@@ -62,12 +65,18 @@ def train_batches(records: Records, share: Share, first_step: int, seed: int, ad
     Returns:
         images uint8 [n, H, W, C], labels int32 [n] and positions int64 [n] of one step, n being `share.size`.
     """
+    if not is_remote(records.description):
+        # Data workers have another working directory.
+        files = tuple(str(Path(file).absolute()) for file in records.files)
+        records = dataclasses.replace(records, files=files, description=str(Path(records.description).absolute()))
     decode = streaming.decoder(records)
+    check_data = _make_data_check(records)
     steps_at_once = max(1, int(_CHUNK_BYTES // (records.record_bytes * share.size)))
     of_steps = streaming.steps_of(records, share, seed)
 
     def of_chunk(number: tf.Tensor) -> tf.data.Dataset:
-        first = tf.maximum(number * steps_at_once, first_step)
+        with tf.control_dependencies(check_data()):
+            first = tf.maximum(number * steps_at_once, first_step)
         return of_steps(first, (number + 1) * steps_at_once)
 
     chunks = tf.data.Dataset.range(first_step // steps_at_once, _LAST_CHUNK)
@@ -97,12 +106,30 @@ def train_batches(records: Records, share: Share, first_step: int, seed: int, ad
     return tf.data.Dataset.from_generator(in_order, output_signature=steps.element_spec)
 
 
+def _make_data_check(records: Records) -> Callable[[], list[tf.Operation]]:
+    """A function that fails where the data set under that path is not the one that this process has found there.
+
+    Shards of pictures of one size are all as long: another machine's older copy would be read without an error.
+    """
+    if is_remote(records.description):
+        return lambda: []  # One and the same for all who ask.
+    found = Path(records.description).read_bytes()
+    known = tf.strings.to_hash_bucket_strong(found, _NUM_HASHES, _HASH_KEY).numpy()
+
+    def check_data() -> list[tf.Operation]:
+        here = tf.strings.to_hash_bucket_strong(tf.io.read_file(records.description), _NUM_HASHES, _HASH_KEY)
+        return [tf.debugging.assert_equal(here, known, f"{records.description} is another data set")]
+
+    return check_data
+
+
 @contextlib.contextmanager
 def loss_told(address: str) -> Iterator[None]:
     """Turns what TensorFlow raises when the service is gone, or has lost a step, into a stop.
 
     Raises:
         Stopped: so it is.
+        RequestError: a data worker has not the job's data.
     """
     try:
         yield
@@ -112,4 +139,9 @@ def loss_told(address: str) -> Iterator[None]:
         if _lost.is_set():
             raise Stopped("a data worker was lost, and with it a step that it had prepared") from error
         check(address)
+        if DESCRIPTION in str(error.message):
+            raise RequestError(
+                f"--data_service={address}: a data worker does not find the job's data set, or finds another one under its path: "
+                "each needs the same files under the same path"
+            ) from error
         raise

@@ -6,28 +6,25 @@ checksum that each record has.
 Letters in shapes: b, batch of one replica; n, records of a chunk; H, W, C, an image.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import math
-import struct
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.errors import RequestError
 from trainer.images import scaled
 from trainer.order import Epoch, Order
-from trainer.records import COUNT, FRAME_BYTES, IMAGE_KEY, LABEL_KEY, OFFSET, SHARD, Records
+from trainer.records import COUNT, IMAGE_KEY, LABEL_KEY, OFFSET, SHARD, Records
 from trainer.tracing import untuned, without_autograph
 
 # What is read ahead in one go: so much of the files, and no more records than that.
 _CHUNK_BYTES = 8 * 2**20
 _CHUNK_RECORDS = 4096
 _READS_AT_ONCE = 8
-_BATCH = 256
-_VERIFY_BUFFER_BYTES = 2**18
+# Examples of a batch outside of training, and about how many bytes of pictures are decoded at a time.
+_BATCH, _DECODED_BYTES = 256, 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +144,11 @@ class _Reader:
         return tf.gather(content, tf.searchsorted(unique, places))
 
     def _run(self, shard: tf.Tensor, offset: tf.Tensor, skipped: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        return _records_from(tf.gather(self._files, shard), offset, self._buffer).skip(skipped).take(count)
+        return records_from(tf.gather(self._files, shard), offset, self._buffer).skip(skipped).take(count)
 
 
-def _records_from(file: tf.Tensor, offset: tf.Tensor, buffer_bytes: int) -> tf.data.Dataset:
-    """The records of a file from a byte offset on. The raw op, because `tf.data.TFRecordDataset` takes no offset."""
+def records_from(file: tf.Tensor, offset: tf.Tensor, buffer_bytes: int) -> tf.data.Dataset:
+    """The records of a file from a byte offset on, string []. The raw op, because `tf.data.TFRecordDataset` takes no offset."""
     variant = tf.raw_ops.TFRecordDatasetV2(
         filenames=tf.reshape(file, [1]), compression_type="", buffer_size=buffer_bytes, byte_offsets=tf.reshape(offset, [1])
     )
@@ -180,7 +177,8 @@ def decoder(records: Records) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tenso
         else:
             images = tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, *stored])
             if stored[:2] != (height, width):
-                images = fitted(images)
+                # One after another: as float32, a batch of large ones takes four times as much memory.
+                images = tf.map_fn(fitted, images, fn_output_signature=tf.TensorSpec([height, width, channels], tf.uint8))
         # The batch is as well known as the records': what is compiled for it is then the same, to the last bit, from any source.
         return tf.ensure_shape(images, [serialized.shape[0], height, width, channels]), labels
 
@@ -191,8 +189,12 @@ def decoder(records: Records) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tenso
 def _decoded(records: Records) -> tf.data.Dataset:
     """Batches of `_BATCH` examples in their order, without end: see `eval_records`."""
     decode = decoder(records)
-    dataset = eval_records(records, Share(0, _BATCH, _BATCH)).rebatch(_BATCH, drop_remainder=True)
-    return dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE).prefetch(2).apply(untuned)
+    # Photos in full size take megabytes each: few at a time, by the larger of what they are stored as and what they become.
+    largest = max(records.record_bytes, math.prod(records.image_shape))
+    size = min(_BATCH, 2 ** int(math.log2(max(1, _DECODED_BYTES // largest))))
+    dataset = eval_records(records, Share(0, _BATCH, _BATCH)).rebatch(size, drop_remainder=True)
+    dataset = dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.rebatch(_BATCH, drop_remainder=True).prefetch(1).apply(untuned)
 
 
 def batches(records: Records) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -201,96 +203,3 @@ def batches(records: Records) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for images, labels in itertools.islice(_decoded(records).as_numpy_iterator(), math.ceil(left / _BATCH)):
         yield images[:left], labels[:left]
         left -= _BATCH
-
-
-def verified(records: Records) -> tuple[Records, list[str]]:
-    """Reads every record once and takes the damaged ones out.
-
-    Returns:
-        The records that are left, and for each damaged one a line with its file and byte offset.
-
-    Raises:
-        RequestError: a shard cannot be opened, or nothing is left.
-    """
-    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        shards = list(pool.map(lambda shard: _verified_shard(records, shard), range(len(records.files))))
-    segments = np.array([segment for segments, _ in shards for segment in segments], np.int64).reshape(-1, 3)
-    problems = [problem for _, problems in shards for problem in problems]
-    if not len(segments):
-        raise RequestError(f"{records.files[0]}: not one record of this split can be read")
-    skipped = records.skipped + len(records) - int(segments[:, COUNT].sum())
-    return dataclasses.replace(records, segments=segments, skipped=skipped), problems
-
-
-def first_damage(records: Records, feed: Callable[[str], None]) -> str | None:
-    """Where the first damaged record is, in a line; None if there is none. Tells `feed` which shard is looked at.
-
-    Raises:
-        RequestError: a shard cannot be opened.
-    """
-    for shard, file in enumerate(records.files):
-        feed(f"looking for the damaged record in {file}")
-        _, problems = _verified_shard(records, shard)
-        if problems:
-            return problems[0]
-    return None
-
-
-def _verified_shard(records: Records, shard: int) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """The segments of one shard without its damaged records, and where those are."""
-    segments = records.segments[records.segments[:, SHARD] == shard]
-    file = records.files[shard]
-    if not len(segments):
-        return [], []
-    try:
-        with tf.io.gfile.GFile(file, "rb") as content:
-            size = content.size()
-            content.read(1)
-            if _whole_records(file, int(segments[0, OFFSET]), int(segments[:, COUNT].sum())) == segments[:, COUNT].sum():
-                return [tuple(segment) for segment in segments.tolist()], []
-            ends = [*segments[1:, OFFSET].tolist(), size]
-            looked = [_verified_segment(content, file, tuple(one), end) for one, end in zip(segments.tolist(), ends, strict=True)]
-    except tf.errors.OpError as error:
-        # Nothing is left out for that: the file may be whole.
-        raise RequestError(f"{file}: cannot be read: {str(error.message).splitlines()[0][-200:]}") from error
-    return [segment for found, _ in looked for segment in found], [problem for _, problems in looked for problem in problems]
-
-
-def _verified_segment(
-    content: tf.io.gfile.GFile, file: str, segment: tuple[int, int, int], end: int
-) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """As `_verified_shard`, of one segment, which ends before byte `end`."""
-    shard, offset, count = segment
-    found, problems = [], []
-    while count:
-        whole = _whole_records(file, offset, count)
-        found += [(shard, offset, whole)] if whole else []
-        for _ in range(whole):
-            offset = _next_record(content, offset) or end
-        count -= whole
-        if count:
-            after = _next_record(content, offset)
-            # The length of a damaged record may be right. Otherwise those of its segment that follow it cannot be found.
-            hidden = 1 if after is not None and after + (count - 1) * FRAME_BYTES <= end else count
-            problems.append(f"{file}: a damaged record at byte {offset}" + (f" hides {hidden - 1} more" if hidden > 1 else ""))
-            offset, count = after or end, count - hidden
-    return found, problems
-
-
-@without_autograph
-def _whole_records(file: str, offset: int, at_most: int) -> int:
-    """How many undamaged records there are from a byte offset on, up to the first damaged one. The file can be opened."""
-    # Within a function: as the source of a pipeline of its own, TensorFlow 2.21 cannot write the op into a graph.
-    start = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64))
-    found = start.flat_map(lambda first: _records_from(tf.constant(file), first, _VERIFY_BUFFER_BYTES)).take(at_most)
-    return int(found.ignore_errors().apply(untuned).reduce(np.int64(0), lambda count, _: count + 1))
-
-
-def _next_record(content: tf.io.gfile.GFile, offset: int) -> int | None:
-    """Where the record after the one at `offset` begins, by that one's length; None if that is not within the file."""
-    if offset + FRAME_BYTES > content.size():
-        return None
-    content.seek(offset)
-    (length,) = struct.unpack("<Q", content.read(8))
-    after = offset + FRAME_BYTES + length
-    return after if after <= content.size() else None
