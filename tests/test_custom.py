@@ -1,5 +1,6 @@
 """Models of the user's own: trained like ours, and refused in one line when they cannot be."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -57,10 +58,6 @@ WRONG = {
     "subclass without shapes": (
         "import keras\nclass M(keras.Model):\n    def call(self, x):\n        return x\n"
         "def build(input_shape, num_classes, config):\n    return M()\n", "mine:build", "not known before it is called"),
-    "probabilities": (START + END.replace("Dense(num_classes", "Dense(num_classes, 'softmax'"), "mine:build", "gives prob"),
-    "softmax layer": (
-        START + "    x = keras.layers.Dense(num_classes)(x)\n    return keras.Model(images, keras.layers.Softmax()(x))\n",
-        "mine:build", "gives probabilities"),
     "layers outside": (
         "import keras\nDENSE = keras.layers.Dense(10)\n" + START + END.replace("keras.layers.Dense(num_classes)", "DENSE"),
         "mine:build", "make all layers inside of the function"),
@@ -281,6 +278,65 @@ def test_layer_that_fails_when_the_network_is_computed_is_refused_with_the_reaso
     with pytest.raises(RequestError, match=f"^--model=mine:build: .*{words}") as caught:
         custom.check_call("mine:build", inference_model(from_preset("default", {"model": "mine:build"}), SHAPE, 10))
     assert "\n" not in str(caught.value)
+
+
+PROBABILITIES = {
+    "activation": "keras.layers.Dense(num_classes, 'softmax')(x)",
+    "layer": "keras.layers.Softmax()(keras.layers.Dense(num_classes)(x))",
+    "function": "keras.ops.softmax(keras.layers.Dense(num_classes)(x))",
+    "TensorFlow's": "keras.layers.Dense(num_classes, tf.nn.softmax)(x)",
+    "within": "keras.Sequential([keras.layers.Dense(num_classes, 'softmax')])(x)",
+}
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_probabilities_are_known_by_their_values(kind: str, module) -> None:
+    module("import tensorflow as tf" + START + f"    return keras.Model(images, {PROBABILITIES[kind]})\n")
+    model = inference_model(from_preset("default", {"model": "mine:build"}), SHAPE, 10)
+    with pytest.raises(RequestError, match="gives probabilities; expected logits"):
+        custom.check_call("mine:build", model)
+
+
+STATE = """
+class Center(keras.layers.Layer):
+    def build(self, shape):
+        self.mean = self.add_weight(shape=shape[1:], initializer="zeros", trainable=False, name="moving_mean")
+        self.steps = self.add_weight(shape=(), initializer="zeros", dtype="int32", trainable=False, name="steps")
+    def call(self, x, training=False):
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(x, axis=0))
+            self.steps.assign(self.steps + 1)
+        return x - self.mean
+"""
+
+
+def test_state_of_a_layers_own_is_averaged_over_replicas(module, start_job, tmp_path: Path) -> None:
+    module("import keras" + STATE + START + "    x = Center()(keras.layers.Rescaling(1 / 255)(x))\n" + END)
+    options = {"model": "mine:build", "num_devices": 2, "strategy": "mirrored", "checkpoint_every_steps": 5, "epochs": 1}
+    start_job({"PYTHONPATH": str(tmp_path)}, **options).finish()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    importlib.import_module("mine")
+    saved = keras.models.load_model(tmp_path / "run" / "model.keras", compile=False, custom_objects=vars(sys.modules["mine"]))
+    (mean,) = (variable.numpy() for variable in saved.variables if variable.name == "moving_mean")
+    (steps,) = (variable.numpy() for variable in saved.variables if variable.name == "steps")
+    assert steps == result["steps"]
+    assert 0.05 < mean.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "RandomFlip('horizontal'), keras.layers.RandomTranslation(0.1, 0.1)",
+        "Reshape((28, 28)), keras.layers.LSTM(4, dropout=0.1)",
+    ],
+)
+def test_network_with_random_state_is_exported(layers: str, module, run_here, tmp_path: Path) -> None:
+    network = f"    x = images\n    for layer in [keras.layers.{layers}, keras.layers.Flatten()]:\n        x = layer(x)\n"
+    module(START + network + END)
+    run_here(model="mine:build", max_steps=2, report=False)
+    given = tf.zeros([3, 28, 28, 1])
+    exported = tf.saved_model.load(str(tmp_path / "run" / "export")).signatures["serving_default"](images=given)
+    assert exported["probabilities"].shape == (3, 10)
 
 
 def test_folder_of_a_job_that_never_began_is_free(module, run_here, tmp_path: Path) -> None:

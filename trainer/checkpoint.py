@@ -94,7 +94,18 @@ class Checkpoints:
             self._write(self._path("best", step), lambda folder: self._write_best(str(folder / "state")))
 
     def restore_best(self, step: int) -> None:
-        """Gives the inference weights the values they had at `step`."""
+        """Gives the inference weights the values they had at `step`.
+
+        Raises:
+            Stopped: they are damaged; the next start goes on from a checkpoint whose best weights are not.
+        """
+        path = self._path("best", step)
+        try:
+            self._read_best(step)
+        except _DAMAGE as error:
+            raise Stopped(f"{path} is damaged ({_first_line(error)}): start again to go on from before it") from error
+
+    def _read_best(self, step: int) -> None:
         self._best.read(str(self._path("best", step) / "state")).assert_consumed()
 
     def restore_latest(self) -> Progress | None:
@@ -104,16 +115,20 @@ class Checkpoints:
             RequestError: the newest that is whole has other variables than this job.
             Stopped: there are checkpoints, and all are damaged.
         """
+        self._recover()
         steps = self._steps("step")
         for step in reversed(steps):
             path = self._path("step", step)
             try:
                 progress = Progress(**json.loads((path / "loop.json").read_text()))
-                if progress.best_step >= 0 and not (self._path("best", progress.best_step) / "state.index").exists():
-                    raise FileNotFoundError(f"the best weights of step {progress.best_step} are gone")
+                if progress.best_step >= 0:
+                    if not (self._path("best", progress.best_step) / "state.index").exists():
+                        raise FileNotFoundError(f"the best weights of step {progress.best_step} are gone")
+                    # Damage in them would otherwise show after the last step. The inference weights of this step come next.
+                    self._read_best(progress.best_step)
                 self._everything.read(str(path / "state")).assert_consumed()
             except _DAMAGE as error:
-                first_line = (str(error).splitlines() or [""])[0]
+                first_line = _first_line(error)
                 # The options are the run's own: what they name has become another network since.
                 if isinstance(error, AssertionError) or any(words in first_line for words in _OTHER_SHAPE):
                     raise RequestError(
@@ -136,6 +151,14 @@ class Checkpoints:
             if newer > step and self._is_chief:
                 shutil.rmtree(self._path("step", newer), ignore_errors=True)
 
+    def _recover(self) -> None:
+        """Brings back what a crash between the two renames of `storage.write_folder` has left aside."""
+        for old in self._folder.glob(".*.old"):
+            target = old.with_name(old.name[1 : -len(".old")])
+            if self._is_chief and not target.exists():
+                _log.warning("%s was being replaced when the job ended: taking it as it was", target)
+                old.rename(target)
+
     def _write(self, path: Path, fill: Callable[[Path], None]) -> None:
         with storage.stop_when_full(f"checkpoint {path.name}", self.describe, tf.errors.OpError):
             storage.write_folder(path, fill)
@@ -156,6 +179,10 @@ class Checkpoints:
 
     def _steps(self, kind: str) -> list[int]:
         return sorted(int(path.name.removeprefix(f"{kind}-")) for path in self._folder.glob(f"{kind}-*"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:

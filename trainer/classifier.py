@@ -7,8 +7,10 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from trainer import exported, images
+from trainer import exported, images, loading
 from trainer.errors import RequestError
+
+_BATCH = 32
 
 
 class Classifier:
@@ -41,12 +43,12 @@ class Classifier:
         return images.scaled(tf.reshape(pixels, [*pixels.shape[:2], channels]), height, width).numpy()
 
     def classify(self, inputs: np.ndarray) -> list[dict[str, Any]]:
-        """Classifies what `inputs` gave, as one batch.
+        """Classifies what `inputs` gave, some at a time.
 
         Returns:
             For each: digit (the number of the class), class_name, probability, and the probabilities of all classes.
         """
-        probabilities = self.model.signatures["serving_default"](images=tf.constant(inputs))["probabilities"].numpy()
+        probabilities = self.run("serving_default", inputs)["probabilities"]
         return [
             {
                 "digit": int(row.argmax()),
@@ -76,11 +78,17 @@ class Classifier:
             RequestError: the model cannot use it: bytes that are no picture.
         """
         name, _, _ = self.input_of(signature)
-        given = tf.constant(inputs.tolist() if inputs.dtype.hasobject else inputs)
+        size = loading.batch_size(self.model.input_shape, _BATCH)
+        # Small files may become large images, and these thousands of features.
+        parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
         try:
-            return {key: value.numpy() for key, value in self.model.signatures[signature](**{name: given}).items()}
+            found = [self._run(signature, name, tf.constant(part.tolist() if part.dtype.hasobject else part)) for part in parts]
+            return {key: np.concatenate([one[key] for one in found]) for key in found[0]}
         except tf.errors.InvalidArgumentError as error:
             raise RequestError(f"{name}: {str(error.message).splitlines()[0]}") from error
+
+    def _run(self, signature: str, name: str, given: tf.Tensor) -> dict[str, np.ndarray]:
+        return {key: value.numpy() for key, value in self.model.signatures[signature](**{name: given}).items()}
 
     def warm_up(self) -> None:
         """Makes the first prediction, which takes longer than the others."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config
@@ -25,6 +26,7 @@ _SAID_BY_KERAS = (
 )
 # Where no code of the user's is.
 _LIBRARIES = re.compile(rf"^<frozen |/(site|dist)-packages/|^{re.escape(sysconfig.get_path('stdlib'))}/|^{re.escape(__file__)}$")
+_PROBABILITY_TOLERANCE = 1e-3
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
@@ -100,11 +102,28 @@ def check_call(name: str, model: keras.Model) -> None:
             raise RequestError(f"--model={name}: {_what_happened(error)}") from error
         if not found.is_compatible_with(logits.shape):
             raise RequestError(f"--model={name}: says that it gives {tuple(logits.shape)}, and gives {tuple(found)}")
+        if not training:
+            _refuse_probabilities(name, _values(name, traced, tf.TensorSpec([2, *images.shape[1:]], images.dtype)))
     if len(model.losses) > sum(bool(variable.regularizer) for variable in model.trainable_variables):
         raise RequestError(
             f"--model={name}: has losses of its own, by add_loss or an activity_regularizer, which would be left out: expected "
             "regularizers of weights only"
         )
+
+
+def _values(name: str, function: Callable[[tf.Tensor], tf.Tensor], images: tf.TensorSpec) -> np.ndarray:
+    """What a model gives for noise."""
+    noise = tf.random.stateless_uniform(images.shape, (0, 0), maxval=255)
+    try:
+        return function(tf.cast(noise, images.dtype)).numpy()
+    except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
+        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
+
+
+def _refuse_probabilities(name: str, values: np.ndarray) -> None:
+    """By what they are: a softmax may have any name, and be at the end of a model within the model."""
+    if (values >= 0).all() and np.abs(values.sum(axis=1) - 1).max() < _PROBABILITY_TOLERANCE:
+        raise RequestError(f"--model={name}: gives probabilities; expected logits: leave the softmax out, the export adds it")
 
 
 def _find(name: str) -> _Function:
@@ -165,8 +184,5 @@ def _check(name: str, model: keras.Model, input_shape: tuple[int, int, int], num
     if len(outputs) != 1 or tuple(outputs[0].shape) != (None, num_classes):
         found = ", ".join(str(tuple(one.shape)) for one in outputs)
         raise RequestError(f"--model={name}: gives {found}; expected one output, logits {(None, num_classes)}")
-    last = model.layers[-1]
-    if isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax:
-        raise RequestError(f"--model={name}: gives probabilities; expected logits: leave the softmax out, the export adds it")
     if not model.trainable_variables:
         raise RequestError(f"--model={name}: has nothing to train")

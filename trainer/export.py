@@ -31,6 +31,8 @@ class Exported(tf.Module):
         """Takes the model and, as in `dataset.Dataset`, the names of its classes and what the pictures show."""
         super().__init__()
         self.model = model
+        # What layers draw numbers from Keras 3.15 keeps where TensorFlow does not look; random layers use it in inference, too.
+        self._state = [variable.value for variable in model.variables]
         self.height, self.width, self.channels = model.inputs[0].shape[1:]
         unnamed = map(str, range(len(class_names), model.outputs[0].shape[1]))
         self._names, self._pictures = (*class_names, *unnamed), pictures

@@ -134,7 +134,8 @@ class Loop:
         num_steps = boundary - progress.step
         first_step = tf.constant(progress.step, tf.int64)
         local = self._work.train(self._work.iterator, first_step, tf.constant(num_steps, tf.int64))
-        if not self._config.sync_batch_norm:
+        # A layer of a user's may have statistics of its own, which each replica has of its part of the batch.
+        if not self._config.sync_batch_norm or self._config.is_custom_model:
             self._work.average_statistics()
         # What all workers must know travels in one sum: each step's numbers, who is asked to stop, the checksums.
         compared = self._is_due(boundary) or self._is_epoch_end(boundary)  # What is saved then is good.

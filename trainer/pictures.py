@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from trainer.errors import RequestError
 
@@ -49,6 +49,17 @@ def pixels_of(content: bytes, name: str) -> int:
     """
     with _opened(io.BytesIO(content), name) as image:
         return image.width * image.height
+
+
+def is_turned(content: bytes) -> bool:
+    """Whether a file's bytes say that it is to be shown turned or mirrored, as cameras do (EXIF); no, if nothing can be told."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # As in `load`, which will say so.
+        return False
 
 
 def png(image: Image.Image) -> bytes:

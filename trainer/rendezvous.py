@@ -145,7 +145,7 @@ class _Meeting:
                 continue
             try:
                 connection = socket.create_connection(peer.host_and_port, timeout=_ANSWER_WITHIN_SECS)
-            except socket.gaierror:
+            except (socket.gaierror, UnicodeError):  # The latter of a name that no resolver is asked for.
                 self._why[peer.index] = "its name does not resolve"
             except OSError as error:
                 self._why[peer.index] = f"does not answer ({error.strerror or 'timed out'})"

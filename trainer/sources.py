@@ -241,6 +241,10 @@ def _checked(source: str, workers: tuple[str, ...], index: int, index_name: str,
         host, _, port = worker.rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise RequestError(f"{workers_name}: {worker!r} is no host:port")
+        try:
+            host.strip("[]").encode("idna")
+        except UnicodeError as error:
+            raise RequestError(f"{workers_name}: {worker!r} names no host: {error}") from error
     if duplicates := sorted({worker for worker in workers if workers.count(worker) > 1}):
         raise RequestError(f"{workers_name}: {duplicates[0]} stands for more than one worker")
     if index >= len(workers):

@@ -242,11 +242,14 @@ def make_copy_weights(state: State, strategy: tf.distribute.Strategy) -> Callabl
 def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> Callable[[], None]:
     """A function that gives every replica the mean of all replicas' moving statistics; without synchronised BN they drift apart.
 
-    Averaging is linear, as the moving average is: when it is done does not change the mean.
+    Averaging is linear, as the moving average is: when it is done does not change the mean. Whole numbers, which count, stay.
     """
     variables = [*state.model.non_trainable_weights, *state.inference.non_trainable_weights]
+    variables = [variable for variable in variables if keras.backend.is_float_dtype(variable.dtype)]
 
     def replica_average() -> None:
+        if not variables:
+            return
         context = tf.distribute.get_replica_context()
         means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(variable.value) for variable in variables])
         for variable, mean in zip(variables, means, strict=True):

@@ -163,8 +163,8 @@ def _uploaded(request: flask.Request) -> tuple[list[str], list[bytes]]:
 
 
 def _bounded(content: bytes, channels: int) -> bytes:
-    """The picture in a format that TensorFlow decodes in bounded memory."""
-    if content.startswith(_BOUNDED):
+    """The picture upright, which TensorFlow does not see to, in a format that it decodes in bounded memory."""
+    if content.startswith(_BOUNDED) and not pictures.is_turned(content):
         return content
     return pictures.png(pictures.from_bytes(content, "the picture", channels))
 

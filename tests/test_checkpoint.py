@@ -1,0 +1,63 @@
+"""What is on disk after a crash, and after damage, is gone on from."""
+
+from pathlib import Path
+
+import pytest
+from test_steps import train
+
+from trainer import storage
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.errors import Stopped
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """Steps 1 and 2, whose best weights are those of 1 and of 2."""
+    _, _, state = train(1, 1, model="cnn")
+    found = Checkpoints(tmp_path, state, keep=3, is_chief=True)
+    for step in (1, 2):
+        found.save_best(step)
+        found.save(Progress(step=step, best_step=step))
+    return found
+
+
+def damage(folder: Path) -> None:
+    (data,) = folder.glob("state.data*")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def test_damaged_best_weights_are_known_at_the_start_and_not_after_the_last_step(
+    checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = [variable.numpy() for variable in checkpoints._state.inference.variables]
+    damage(tmp_path / "checkpoints" / "best-00000002")
+    with pytest.raises(Stopped, match=r"best-00000002 is damaged \(.*\): start again to go on from before it"):
+        checkpoints.restore_best(2)
+    assert checkpoints.restore_latest().step == 1
+    assert "step-00000002 is damaged" in caplog.text
+    for variable, value in zip(checkpoints._state.inference.variables, weights, strict=True):
+        assert (variable.numpy() == value).all()
+
+
+@pytest.mark.parametrize("name", ["step-00000002", "best-00000002"])
+def test_crash_between_two_renames_loses_nothing(
+    name: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "checkpoints" / name, Path.rename
+
+    def crash(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_folder(folder, lambda path: (path / "half").write_text(""))
+    monkeypatch.undo()
+    assert not folder.exists()
+    assert checkpoints.restore_latest().step == 2
+    assert folder.exists()
+    checkpoints.remove_newer(2)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
