@@ -20,7 +20,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks.setup import Prepared, prepare
-from trainer.augment import augment
+from trainer.augment import augmented
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.layers import training_on
 from trainer.machine import memory
@@ -36,7 +36,7 @@ def _partial_loop(job: Prepared, *, backward: bool) -> Callable[[], object]:
     dtype = tf.float64 if config.precision == "float64" else tf.float32
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        images = tf.cast(augment(tf.cast(images, tf.float32), positions, config.augment, config.seed), dtype)
+        images = tf.cast(augmented(images, positions, config), dtype)
         with tf.GradientTape() as tape:
             with training_on(positions):
                 logits = model(images, training=True)

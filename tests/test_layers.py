@@ -133,6 +133,20 @@ def test_augmentation_fades_out_over_the_last_share_of_a_job(kind: str) -> None:
     assert augmentation.strength_at(positions, 1000, 0.0) is None
 
 
+@pytest.mark.parametrize("kind", ["shift", "affine"])
+def test_augmentation_is_as_large_as_asked_for(kind: str) -> None:
+    images = np.zeros((64, 28, 28, 1), np.float32)
+    images[:, 12:16, 12:16] = 255
+    rows, columns = np.mgrid[:28, :28]
+
+    def furthest(magnitude: float) -> float:
+        changed = augment(tf.constant(images), tf.range(64, dtype=tf.int64), kind, 0, magnitude=magnitude).numpy()[..., 0]
+        centers = [(changed * grid).sum((1, 2)) / changed.sum((1, 2)) for grid in (rows, columns)]
+        return float(np.abs(np.stack(centers) - 13.5).max())
+
+    assert furthest(0.5) < 1.4 < 1.7 < furthest(1) < 2.6 < 3.4 < furthest(2) < 5
+
+
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
 def test_augmented_images_are_interpolated_as_scipy_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from conftest import mirrored
 
-from trainer import steps
+from trainer import augment, steps
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.presets import from_preset
@@ -194,8 +194,8 @@ def test_displacements_are_as_large_as_asked_for() -> None:
 
 
 def test_augmentation_fades_over_the_positions_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, strength_at = [], steps.strength_at
-    monkeypatch.setattr(steps, "strength_at", lambda *given: asked.append(given[1:]) or strength_at(*given))
+    asked, strength_at = [], augment.strength_at
+    monkeypatch.setattr(augment, "strength_at", lambda *given: asked.append(given[1:]) or strength_at(*given))
     options = {"model": "cnn", "augment": "affine", "dropout_rate": 0.0}
     plain, faded = (train(1, 1, **options, augment_fade=fade)[0][0, steps.LOSS] for fade in (0.0, 1.0))
     assert asked == [(100 * EXACT["global_batch_size"], 0.0), (100 * EXACT["global_batch_size"], 1.0)]

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from trainer.config import Config
 from trainer.passes import compiled
 from trainer.randomness import uniform
 
@@ -40,12 +41,27 @@ def strength_at(positions: tf.Tensor, num_positions: int, fade: float) -> tf.Ten
     return tf.cast(tf.clip_by_value(left / fade, 0, 1), tf.float32)
 
 
+def augmented(images: tf.Tensor, positions: tf.Tensor, config: Config, num_positions: int | None = None) -> tf.Tensor:
+    """Images as a job trains on them; float32 [b, H, W, C].
+
+    Args:
+        images: uint8 or float32 [b, H, W, C].
+        positions: int64 [b], as `pipeline.py` counts.
+        config: which changes, and how large.
+        num_positions: of the job, where its end shows.
+    """
+    strength = strength_at(positions, num_positions, config.augment_fade) if num_positions else None
+    options = config.augment, config.seed, config.elastic_pixels, config.augment_magnitude
+    return augment(images, positions, *options, strength)
+
+
 def augment(
     images: tf.Tensor,
     positions: tf.Tensor,
     kind: str,
     seed: int,
     elastic_pixels: float = ELASTIC_PIXELS,
+    magnitude: float = 1.0,
     strength: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Moves and deforms each image a little.
@@ -57,6 +73,7 @@ def augment(
             displacements, then affine).
         seed: the job's seed.
         elastic_pixels: how far control points of elastic displacements move at most; up to 4.
+        magnitude: a factor of the greatest shifts, rotation, scale and shear.
         strength: float32 [b], a factor of each image's changes, from 0 (none) to 1. None: 1.
 
     Returns:
@@ -67,15 +84,19 @@ def augment(
         return images
     random = uniform(positions, 6, seed, _STREAM)
     if kind == "shift":
-        shift = tf.floor(random[:, :2] * (2 * _MAX_SHIFT_PIXELS + 1)) - _MAX_SHIFT_PIXELS
+        pixels = round(magnitude * _MAX_SHIFT_PIXELS)
+        shift = tf.floor(random[:, :2] * (2 * pixels + 1)) - pixels
         shift = shift if strength is None else tf.round(shift * strength[:, tf.newaxis])
         one, zero = tf.ones_like(shift[:, 0]), tf.zeros_like(shift[:, 0])
         return _resample(images, (one, zero, zero, one), shift, tf.zeros([1, 2, 1, 1]))
     signed = 2 * random - 1
     signed = signed if strength is None else signed * strength[:, tf.newaxis]
-    angle = signed[:, 2] * _MAX_ROTATION_RADIANS
-    height, width = 1 + signed[:, 3] * _MAX_SCALE, 1 + signed[:, 4] * _MAX_SCALE
-    shear = signed[:, 5] * _MAX_SHEAR
+    rotation, scale, most_shear, most = (
+        magnitude * value for value in (_MAX_ROTATION_RADIANS, _MAX_SCALE, _MAX_SHEAR, _MAX_SHIFT_PIXELS)
+    )
+    angle = signed[:, 2] * rotation
+    height, width = 1 + signed[:, 3] * scale, 1 + signed[:, 4] * scale
+    shear = signed[:, 5] * most_shear
     # In float64, rounded: in float32, the last bit depends on whether a vector holds the image or it is of the rest.
     cosine, sine = (tf.cast(function(tf.cast(angle, tf.float64)), tf.float32) for function in (tf.cos, tf.sin))
     # Rotation x shear x scale, in (x, y).
@@ -84,7 +105,7 @@ def augment(
     displacements = _displacements(positions, images.shape[1:3], seed, elastic_pixels) if elastic else tf.zeros([1, 2, 1, 1])
     if elastic and strength is not None:
         displacements *= strength[:, tf.newaxis, tf.newaxis, tf.newaxis]
-    return _resample(images, matrix, signed[:, :2] * _MAX_SHIFT_PIXELS, displacements)
+    return _resample(images, matrix, signed[:, :2] * most, displacements)
 
 
 def _displacements(positions: tf.Tensor, size: tuple[int, int], seed: int, most: float) -> tf.Tensor:

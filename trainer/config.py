@@ -116,9 +116,7 @@ class Config:
     )
     weight_decay: float = option(0.0, "Decoupled decay of kernels, a step: x learning rate.", at_least=0)
     l2: float = option(0.0, "Factor of the sum of squared kernel weights that is added to the loss.", at_least=0)
-    label_smoothing: float = option(
-        0.0, "Probability mass spread evenly over all classes in the training loss.", at_least=0, below=1
-    )
+    label_smoothing: float = option(0.0, "Probability mass spread evenly over all classes in the loss.", at_least=0, below=1)
     clip_norm: float = option(0.0, "Largest global norm of the gradients of a step. 0: no clipping.", at_least=0)
     ema_decay: float = option(
         0.0, "Decay of the moving average of weights that is evaluated and exported. 0: the weights.", at_least=0, below=1
@@ -146,11 +144,12 @@ class Config:
     dropout_rate: float = option(0.1, "Share of the dense layer's outputs dropped in training.", at_least=0, below=1)
     augment: str = option(
         "elastic",
-        "Random changes of the training images. shift: up to 2 pixels each way. affine: also rotation up to "
-        "10 degrees, scale and shear up to 10 %. elastic: also smooth local displacements of about a pixel.",
+        "Random changes of the training images. shift: up to 2 pixels each way. affine: also rotation up to 10 degrees, scale "
+        "and shear up to 10 %. elastic: also smooth local displacements of about a pixel.",
         choices=("none", "shift", "affine", "elastic"),
     )
     elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels; up to 4.", above=0, at_most=4)
+    augment_magnitude: float = option(1.0, "Factor of --augment's shifts, rotation, scale and shear.", above=0, at_most=3)
     augment_fade: float = option(0.0, "Last share of training, over which --augment fades to nothing.", at_least=0, at_most=1)
     precision: str = option(
         "float32",

@@ -13,7 +13,7 @@ from tensorboard.plugins.pr_curve import summary as pr_curve
 from tensorboard.plugins.projector import projector_config_pb2
 
 from trainer import drawing, figures, loading, storage
-from trainer.augment import augment
+from trainer.augment import augmented
 from trainer.config import Config
 from trainer.dashboard import Dashboard
 from trainer.dataset import Part
@@ -38,7 +38,7 @@ def draw(config: Config, model: keras.Model, predictions: Predictions, train_set
     """
     drawn = figures.of_predictions(predictions)
     samples = tf.constant(loading.some_images(train_set, _NUM_SAMPLES), tf.float32)
-    samples = augment(samples, tf.range(len(samples), dtype=tf.int64), config.augment, config.seed, config.elastic_pixels)
+    samples = augmented(samples, tf.range(len(samples), dtype=tf.int64), config)
     drawn["augmented_input"] = drawing.pictures(np.clip(samples.numpy(), 0, 255))
     convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     if convolutions:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from trainer.augment import augment, strength_at
+from trainer.augment import augmented
 from trainer.config import Config
 from trainer.layers import training_on
 from trainer.models import weights_of
@@ -69,11 +69,9 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         gradients_fn = graph(gradients_fn, jit_compile=True)
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        dtype = tf.float64 if config.precision == "float64" else tf.float32
-        strength = strength_at(positions, num_positions, config.augment_fade)
-        images = tf.cast(augment(images, positions, config.augment, config.seed, config.elastic_pixels, strength), dtype)
-        parts = config.gradient_accumulation_steps
-        totals = tf.zeros([3], tf.float64)
+        images = augmented(images, positions, config, num_positions)
+        images = tf.cast(images, tf.float64 if config.precision == "float64" else tf.float32)
+        parts, totals = config.gradient_accumulation_steps, tf.zeros([3], tf.float64)
         gradients: list[tf.Tensor] = []
         batches = zip(tf.split(images, parts), tf.split(labels, parts), tf.split(positions, parts), strict=True)
         for part_images, part_labels, part_positions in batches:
@@ -244,14 +242,12 @@ def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> C
 
     Averaging is linear, as the moving average is: when it is done does not change the mean. Whole numbers, which count, stay.
     """
-    variables = [*state.model.non_trainable_weights, *state.inference.non_trainable_weights]
-    variables = [variable for variable in variables if keras.backend.is_float_dtype(variable.dtype)]
+    weights = (*state.model.non_trainable_weights, *state.inference.non_trainable_weights)
+    variables = [weight for weight in weights if keras.backend.is_float_dtype(weight.dtype)]
 
     def replica_average() -> None:
-        if not variables:
-            return
-        context = tf.distribute.get_replica_context()
-        means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(variable.value) for variable in variables])
+        values = [tf.identity(variable.value) for variable in variables]
+        means = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, values) if values else []
         for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)
 
