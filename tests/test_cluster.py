@@ -187,6 +187,7 @@ def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: st
         (tf_config({"worker": ["a:1", "a:1"]}), "a:1 stands for more than one worker"),
         (tf_config({"worker": ["a"]}), "'a' is no host:port"),
         (tf_config({"worker": ["a:99999"]}), "no host:port"),
+        (tf_config({"worker": ["a..b:2222"]}), "'a..b:2222' names no host"),
         (tf_config({"worker": WORKERS, "ps": ["c:1"]}), "'ps' is not supported"),
     ],
 )

@@ -116,6 +116,19 @@ def test_jpeg_and_its_orientation_are_understood(digits, model_dir: Path, tmp_pa
     assert next(predict.predict(str(model_dir), [tmp_path / "seven.jpg"]))["digit"] == 7
 
 
+def test_16_bit_pictures_are_scaled_alike_and_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for largest in (255, 300, 65535):
+        values = np.full((10, 20), 200, np.uint16)
+        values[0, 0] = largest
+        Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
+        found = np.asarray(pictures.load(tmp_path / "a.png", 1))
+        assert found.shape == (20, 10)
+        assert found[0, -1] == largest // 257
+        assert found[5, 5] == 0
+
+
 @pytest.mark.parametrize("kind", ["same", "dark on light", "large", "photo", "transparent"])
 def test_command_and_exported_signature_see_the_same(kind: str, digits, tmp_path: Path) -> None:
     draw(digits[5][0], kind).save(tmp_path / "a.png")

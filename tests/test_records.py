@@ -203,6 +203,24 @@ def test_missing_and_cut_shards_are_named_and_skipped_if_asked_for(
     assert f"left out: {folder / SHARD}" in caplog.text
 
 
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_large_pictures_are_decoded_a_few_at_a_time(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dataset.load(str(write(tmp_path / "data", encoding)), image_size=(10, 14)).train
+    assert isinstance(found, records.Records)
+    usual, sizes, decoder = list(streaming.batches(found)), [], streaming.decoder
+
+    def watched(part: records.Records):
+        decode = decoder(part)
+        return lambda serialized: sizes.append(serialized.shape[0]) or decode(serialized)
+
+    monkeypatch.setattr(streaming, "decoder", watched)
+    monkeypatch.setattr(streaming, "_DECODED_BYTES", int(20 * found.record_bytes))
+    for few, all_at_once in zip(streaming.batches(found), usual, strict=True):
+        np.testing.assert_array_equal(few[0], all_at_once[0])
+        np.testing.assert_array_equal(few[1], all_at_once[1])
+    assert sizes == [16]
+
+
 def test_shard_of_other_records_is_known_although_none_is_damaged(tmp_path: Path) -> None:
     folder, other = write(tmp_path / "data"), write(tmp_path / "other", labels=(LABELS + 1) % 5)
     assert (folder / SHARD).stat().st_size == (other / SHARD).stat().st_size

@@ -53,6 +53,37 @@ def test_photos_and_many_classes_work_too(photos: Classifier) -> None:
     assert (seen.mode, seen.size) == ("RGB", (24, 16))
 
 
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG"])
+def test_pictures_that_are_to_be_turned_are_turned_in_every_request(encoding: str, photos: Classifier) -> None:
+    client = web.create_app(photos, "photos", LIMITS, "127.0.0.1").test_client()
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:, :12] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn clockwise to show.
+    content = io.BytesIO()
+    Image.fromarray(upright).rotate(90, expand=True).save(content, encoding, exif=exif)
+    (found,) = client.post("/api/predict", data=content.getvalue()).json["predictions"]
+    request = {"signature_name": "image_bytes", "instances": [{"b64": base64.b64encode(content.getvalue()).decode()}]}
+    (served,) = client.post("/v1/models/photos:predict", json=request).json["predictions"]
+    (plain,) = photos.classify(upright[None].astype(np.float32))
+    assert found["probabilities"] == pytest.approx(plain["probabilities"], abs=0.02)
+    assert served["probabilities"] == pytest.approx(plain["probabilities"], abs=0.02)
+
+
+def test_many_small_pictures_are_given_to_the_model_a_few_at_a_time(photos: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, run = [], photos._run
+    monkeypatch.setattr(photos, "_run", lambda *given: sizes.append(len(given[-1])) or run(*given))
+    client = web.create_app(photos, "photos", LIMITS, "127.0.0.1").test_client()
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 2, 2, 3), np.uint8)
+    contents = [base64.b64encode(png(one)).decode() for one in pixels]
+    request = {"signature_name": "image_bytes", "instances": [{"b64": content} for content in contents]}
+    served = client.post("/v1/models/photos:predict", json=request).json["predictions"]
+    assert sizes == [32, 32, 6]
+    for index in (0, 31, 32, 69):
+        (alone,) = client.post("/api/predict", data=png(pixels[index])).json["predictions"]
+        assert served[index]["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-4)
+
+
 @pytest.mark.parametrize("encoding", ["GIF", "BMP", "WEBP"])
 def test_bytes_in_any_format_are_classified(encoding: str, photos: Classifier) -> None:
     client = web.create_app(photos, "photos", LIMITS, "127.0.0.1").test_client()
