@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from trainer import children, convert, records
 from trainer.collection import Collection, Images, Split
 from trainer.errors import RequestError
-from trainer.shards import Request
+from trainer.shards import Request, writers
 
 REQUEST = Request(num_shards=8, encoding="raw", image_size=None, test_fraction=0.0, seed=0, on_error="fail")
 
@@ -41,6 +42,22 @@ def test_finished_conversion_that_has_lost_a_file_is_made_again(lost: str, tmp_p
     convert.convert(collection(), tmp_path, REQUEST, 1, lambda _: None)
     assert written(tmp_path) == before
     assert len(records.describe(str(tmp_path)).records("train")) == 160
+
+
+def test_shards_that_were_held_against_another_first_picture_are_written_again(tmp_path: Path) -> None:
+    """As when the first picture was damaged, and is mended with another size."""
+    first = collection()
+    other = dataclasses.replace(first, splits={name: one.take(np.arange(len(one))) for name, one in first.splits.items()})
+    request = dataclasses.replace(REQUEST, encoding="png")
+    shards = convert._shards(first, request)
+    for shape, again in (((16, 16, 1), True), ((16, 16, 1), False), ((20, 20, 1), True)):
+        with writers(1, (tmp_path, 4, request, shape)) as write:
+            (tmp_path / ".prepare").mkdir(exist_ok=True)
+            path = tmp_path / "train-00000-of-00008.tfrecord"
+            before = path.stat().st_ino if path.exists() else None
+            notes = [note for _, note in write(other, shards)]
+        assert all(note["same_shape"] == (shape == (16, 16, 1)) for note in notes)
+        assert (path.stat().st_ino != before) == again
 
 
 def test_finished_conversion_is_not_made_again_for_nothing(tmp_path: Path) -> None:

@@ -113,3 +113,32 @@ def test_labels_of_a_csv_are_in_one_order_whatever_their_form(tmp_path: Path) ->
     (tmp_path / "list.csv").write_text("path,label\n0.png,  \n")
     with pytest.raises(RequestError, match="line 2: expected a path, a label"):
         formats.collect("csv", tmp_path)
+
+
+def test_notes_beside_folders_are_no_list_of_pictures(tmp_path: Path) -> None:
+    write_sets(tmp_path, train=2, test=1)
+    (tmp_path / "notes.csv").write_text("who,when\nme,today\n")
+    assert formats.recognise(tmp_path) == "images"
+    (tmp_path / "list.csv").write_text("path,label\ntrain/a/0.png,a\n")
+    assert formats.recognise(tmp_path) == "csv"
+    with pytest.raises(RequestError, match=r"no data set that is known here: of files, \.npz and \.csv are"):
+        formats.recognise(write(tmp_path / "picture"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "channels", "words"),
+    [
+        ([0, 1, 1], [0, 2], 1, "the label 2 of the test set does not occur in the training set"),
+        ([3, 3, 3], [3, 3], 1, "every label of the training set is 3"),
+        ([0, 1, 1], [0, 1], 3, "images of 1 channel in one of the two sets, and of 3 in the other"),
+    ],
+)
+def test_sets_of_an_archive_that_do_not_go_together(
+    train: list[int], test: list[int], channels: int, words: str, tmp_path: Path
+) -> None:
+    np.savez(
+        tmp_path / "a.npz", x_train=np.zeros((3, 12, 12), np.uint8), y_train=train,
+        x_test=np.zeros((2, 12, 12, channels), np.uint8), y_test=test,
+    )  # fmt: skip
+    with pytest.raises(RequestError, match=words):
+        formats.collect("npz", tmp_path / "a.npz")

@@ -1,6 +1,7 @@
 """The exported model on a test set: `python -m trainer.evaluate --model_dir runs/my-run [--data_dir D]`."""
 
 import json
+import logging
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +13,8 @@ from absl import flags
 from trainer import cli, dataset, storage
 from trainer.config import Config
 from trainer.errors import RequestError
+
+_log = logging.getLogger("digitfleet")
 
 
 def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None = None) -> dict[str, Any]:
@@ -30,7 +33,8 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
     """
     # What is not there is told before TensorFlow is imported.
     storage.export_of(model_dir)
-    options = (storage.read_json(Path(model_dir) / "config.json") or {}).get("config")
+    run = storage.read_json(Path(model_dir) / "config.json") or {}
+    options = run.get("config")
     job = options if isinstance(options, dict) else {}
     own = str(job.get("data_dir", ""))
     data_dir = own if data_dir is None else data_dir
@@ -44,6 +48,10 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
         model = exported.load(model_dir)
     height, width, channels = model.input_shape
     data = dataset.load(data_dir, image_size=(height, width), on_error=config.on_error)
+    # What is left of damaged data has another hash.
+    whole = job.get("on_error", "fail") == config.on_error == "fail"
+    if data_dir == own and whole and run.get("data_sha256", data.sha256) != data.sha256:
+        _log.warning("the data in %s is not that of the job any more", data_dir)
     data = loading.without_damage(config, data, ["test"])
     if data.image_shape != model.input_shape:
         raise RequestError(f"--data_dir={data_dir}: images of {data.image_shape[2]} channels, the model takes {channels}")

@@ -17,6 +17,7 @@ IDX_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
              "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 _MOST_CLASSES = 100_000
 _LOOKED_AT = 64
+_COLUMNS = {"path", "label"}
 
 
 def recognise(folder: Path) -> str:
@@ -27,19 +28,29 @@ def recognise(folder: Path) -> str:
     """
     if folder.is_file() and folder.suffix in (".npz", ".csv"):
         return folder.suffix[1:]
+    if folder.is_file():
+        raise RequestError(f"{folder}: no data set that is known here: of files, .npz and .csv are")
     if not folder.is_dir():
         raise RequestError(f"{folder}: there is no such file or folder")
     if any((folder / f"{name}{suffix}").exists() for names in IDX_FILES.values() for name in names for suffix in ("", ".gz")):
         return "idx"
-    for suffix in ("npz", "csv"):
-        if any(folder.glob(f"*.{suffix}")):
-            return suffix
-    if any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()):
+    inner = any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+    if any(folder.glob("*.npz")):
+        return "npz"
+    # Beside folders of pictures, a .csv may be somebody's notes.
+    if any(not inner or _lists_pictures(path) for path in folder.glob("*.csv")):
+        return "csv"
+    if inner:
         return "images"
     raise RequestError(
         f"{folder}: no data set that is known here: expected what trainer.prepare writes (dataset.json), the four IDX files, "
         "an .npz file, a folder for each class, or a .csv file"
     )
+
+
+def _lists_pictures(path: Path) -> bool:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        return set(next(csv.reader(lines), ())) >= _COLUMNS
 
 
 def collect(source: str, path: Path, channels: int = 0) -> Collection:
@@ -100,6 +111,14 @@ def _from_idx(folder: Path) -> Collection:
 
 def _of_arrays(source: str, splits: dict[str, Split]) -> Collection:
     images = splits["train"].images
+    if len(shapes := {split.images.pixels.shape[3] for split in splits.values() if isinstance(split.images, Images)}) > 1:
+        raise RequestError(f"images of {min(shapes)} channel in one of the two sets, and of {max(shapes)} in the other")
+    trained = np.unique(splits["train"].labels)
+    if len(trained) == 1:
+        raise RequestError(f"every label of the training set is {trained[0]}; a classifier needs two classes")
+    unknown = np.setdiff1d(splits["test"].labels, trained) if "test" in splits else []
+    if len(unknown):
+        raise RequestError(f"the label {unknown[0]} of the test set does not occur in the training set")
     # MNIST's family comes like this.
     kind = "digits" if isinstance(images, Images) and images.pixels.shape[3] == 1 else "photos"
     return Collection(format=source, splits=splits, class_names=numbered(splits), pictures=kind)
@@ -187,7 +206,7 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
-            if not {"path", "label"} <= set(reader.fieldnames or ()):
+            if not set(reader.fieldnames or ()) >= _COLUMNS:
                 raise RequestError(f"{file}: its first line must name the columns path and label (and split, if there are both)")
             for row in reader:
                 split = (row.get("split") or file_split).strip()

@@ -59,9 +59,9 @@ class Records:
         return int(self.segments[:, COUNT].sum())
 
     def missing(self) -> list[str]:
-        """Files of which no record is known any more."""
+        """Files that are not there. A shard whose pictures were all left out holds no record, and is."""
         known = set(self.segments[:, SHARD].tolist())
-        return [file for shard, file in enumerate(self.files) if shard not in known]
+        return [file for shard, file in enumerate(self.files) if shard not in known and size_of(file) is None]
 
     def slice(self, first: int, last: int) -> "Records":
         """The records from number `first` up to `last`, which is not one of them."""

@@ -101,14 +101,16 @@ def _write(name: str, examples: Split) -> dict[str, Any]:
     output, num_classes, request, shape = _state
     path, note_path = output / f"{name}.tfrecord", output / NOTES / f"{name}.json"
     source = examples.images.identity()
+    # Whether its images are all of the first one's shape is a part of the note.
+    known = {"source_sha256": source, "shape": list(shape)}
     note = storage.read_json(note_path)
-    if note and note["source_sha256"] == source and path.is_file() and path.stat().st_size == note["bytes"]:
+    if note and known.items() <= note.items() and path.is_file() and path.stat().st_size == note["bytes"]:
         return note
     # Here, as those who look at a data set need not wait for it.
     with cli.quiet_start():
         import tensorflow as tf
 
-    note = {"source_sha256": source}
+    note = known
     with storage.stop_when_full(path.name, goes_on, tf.errors.OpError):
         storage.write_file(path, lambda partial: note.update(write_records(partial, examples, num_classes, request, shape)))
         storage.write_json(note_path, note)

@@ -83,7 +83,11 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "-
     if not needed:
         yield
         return
-    with open(folder / LOCK, "a") as lock:
+    try:
+        opened = open(folder / LOCK, "a")  # noqa: SIM115
+    except OSError as error:
+        raise RequestError(f"{flag}={folder}: {LOCK} in it cannot be opened: {error.strerror}") from error
+    with opened as lock:
         deadline = time.monotonic() + patience
         while not _lock(lock):
             if not patience:
