@@ -94,9 +94,8 @@ class Files:
         except RequestError as error:
             return error
         if self.channels == 1 and self.strict and not pictures.is_gray(path):
-            return RequestError(
-                f"{path}: in colour, where those looked at first are gray: convert with trainer.prepare and --channels=3 or --channels=1"
-            )
+            hint = "convert them by trainer.prepare with --channels=3 or --channels=1"
+            return RequestError(f"{path}: in colour, where those looked at first are gray: {hint}")
         return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
 
     def take(self, indices: np.ndarray) -> "Files":

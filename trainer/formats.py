@@ -116,7 +116,7 @@ def _of_arrays(source: str, splits: dict[str, Split]) -> Collection:
     trained = np.unique(splits["train"].labels)
     if len(trained) == 1:
         raise RequestError(f"every label of the training set is {trained[0]}; a classifier needs two classes")
-    unknown = np.setdiff1d(splits["test"].labels, trained) if "test" in splits else []
+    unknown = np.setdiff1d(splits["test"].labels if "test" in splits else [], trained)
     if len(unknown):
         raise RequestError(f"the label {unknown[0]} of the test set does not occur in the training set")
     # MNIST's family comes like this.
