@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width_multiplier": 2.0,
         "epochs": 40.0,
         "label_smoothing": 0.05,
+        "augment_magnitude": 1.5,
+        "augment_fade": 0.5,
         "precision": "auto",
         "validation_fraction": 0.0,
     },
