@@ -61,7 +61,8 @@ def without_files(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
     arguments = _without("preset", arguments)
     named = task_flags.task_options([*others, *arguments], flags.FLAGS)
     values = presets.from_file(preset)
-    return [*(_as_flag(name, value) for name, value in values.items() if name not in named), *arguments]
+    # What a file does not say is as in the defaults, whatever preset another flag names.
+    return ["--preset=default", *(_as_flag(name, value) for name, value in values.items() if name not in named), *arguments]
 
 
 def _without(name: str, arguments: Sequence[str]) -> list[str]:

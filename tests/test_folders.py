@@ -40,10 +40,13 @@ def test_sets_are_known_by_their_usual_names(train: str, test: str, tmp_path: Pa
 def test_set_that_is_taken_for_the_test_set_or_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "digitfleet")
     assert sizes(write_sets(tmp_path / "in", train=5, test=2, val=3)) == {"train": 10, "test": 4}
-    assert "the test set is test; not used: val" in caplog.text
+    assert "not used: val" in caplog.text
     caplog.clear()
     assert sizes(write_sets(tmp_path / "other", train=5, val=3)) == {"train": 10, "test": 6}
     assert "the test set is val" in caplog.text
+    caplog.clear()
+    assert sizes(write_sets(tmp_path / "more", train=5, extra=3)) == {"train": 10}
+    assert "not used: extra" in caplog.text
 
 
 def test_sets_of_other_names_are_no_classes(tmp_path: Path) -> None:

@@ -45,11 +45,11 @@ def pictures_by_class(folder: Path) -> tuple[dict[str, list[tuple[Path, str]]], 
     class_names = _folders(roots["train"])
     if not trains:
         _refuse_sets(folder, class_names)
-    elif tests:
-        others = [name for name in _folders(folder) if name not in (roots["train"].name, tests[0].name)]
-        beside = f"; not used: {', '.join(others)}" if others else ""
-        if beside or tests[0].name.casefold() not in _TEST_FOLDERS[:2]:
-            _log.info("%s: the test set is %s%s", folder, tests[0].name, beside)
+    else:
+        if tests and tests[0].name.casefold() not in _TEST_FOLDERS[:2]:
+            _log.info("%s: the test set is %s", folder, tests[0].name)
+        if others := [name for name in _folders(folder) if folder / name not in roots.values()]:
+            _log.info("%s: not used: %s", folder, ", ".join(others))
     return {split: _list_classes(root, class_names) for split, root in roots.items()}, class_names
 
 
