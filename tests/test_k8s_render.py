@@ -140,7 +140,8 @@ def test_options_in_files_of_this_machine_travel_as_flags(tmp_path: Path) -> Non
     assert (config.learning_rate, config.resume, config.epochs) == (0.0001, False, 2)
     assert (config.model, config.model_dir) == ("bn_cnn", "/data/runs/digits")
     assert "--nojit_compile" in command
-    sweep = render(Request(overlay="sweep", task=("--epochs=3", "--preset=fast"), trials=(("--seed=1", "--preset", str(preset)),)))
+    own = ("--seed=1", "--preset", str(preset))
+    sweep = render(Request(overlay="sweep", task=("--epochs=3", "--preset=fast"), trials=(own,)))
     (trials,) = [found for found in sweep if found["kind"] == "ConfigMap"]
     assert "--learning_rate=0.0001\n" in trials["data"]["0"]
     # What the file does not say is as in the defaults, not as in the preset of all trials.
