@@ -51,18 +51,29 @@ def without_files(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
     Raises:
         RequestError: a file cannot be read, or a flag of the task is wrong.
     """
-    try:
-        arguments = list(flags.FLAGS.read_flags_from_files(list(arguments)))
-    except flags.Error as error:
-        raise RequestError(" ".join(str(error).split())) from error
-    preset = Path(task_flags.task_options(arguments, flags.FLAGS).get("preset", ""))
-    if not (presets.is_file(str(preset)) and preset.is_file()):
+    arguments = _without_flagfiles(arguments)
+    preset = preset_file(arguments)
+    if not preset:
         return arguments
     arguments = _without("preset", arguments)
     named = task_flags.task_options([*others, *arguments], flags.FLAGS)
     values = presets.from_file(preset)
     # What a file does not say is as in the defaults, whatever preset another flag names.
     return ["--preset=default", *(_as_flag(name, value) for name, value in values.items() if name not in named), *arguments]
+
+
+def preset_file(arguments: Sequence[str]) -> Path | None:
+    """The file of this machine that a command line names as its preset. Raises as `without_files`."""
+    preset = str(task_flags.task_options(_without_flagfiles(arguments), flags.FLAGS).get("preset", ""))
+    return Path(preset) if presets.is_file(preset) and Path(preset).is_file() else None
+
+
+def _without_flagfiles(arguments: Sequence[str]) -> list[str]:
+    try:
+        return list(flags.FLAGS.read_flags_from_files(list(arguments)))
+    except flags.Error as error:
+        said = " ".join(str(error).split()).removeprefix("ERROR:: ")
+        raise RequestError(f"--flagfile: a file of this machine is expected: {said}") from error
 
 
 def _without(name: str, arguments: Sequence[str]) -> list[str]:

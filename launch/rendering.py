@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from launch import manifests
-from launch.arguments import check_trials, is_below, task_config, without_files
+from launch.arguments import check_trials, is_below, preset_file, task_config, without_files
 from launch.kubectl import Object
 from launch.request import Request
 from launch.workload import (
@@ -95,6 +95,8 @@ def _check_overlay(request: Request, objects: Sequence[Object], workload: Object
 
 
 def _fill(objects: list[Object], workload: Object, request: Request) -> None:
+    if preset_file(request.task) and any(re.match(r"--?preset\b", flag) for flags in request.trials for flag in flags):
+        raise RequestError("--trials: a trial names a preset, and so does --preset=FILE of all of them: leave one of the two out")
     request = dataclasses.replace(request, task=tuple(without_files(request.task, _task_flags(workload))))
     readable, _ = _volumes(objects)
     config = task_config(_task_flags(workload, request.task), readable)

@@ -75,9 +75,28 @@ def test_link_that_leads_nowhere_is_a_damaged_picture_or_a_lost_class(tmp_path: 
     images = formats.collect("images", tmp_path).splits["train"].images
     (wrong,) = [found for found in images.read(range(len(images))) if isinstance(found, RequestError)]
     assert "gone.png: cannot be read" in str(wrong)
-    (tmp_path / "train" / "c").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(RequestError, match=r"c: a link to .*nowhere, which is not there"):
-        sizes(tmp_path)
+    for place in ("train/c", "train/c.v2", "train/a/more", "test/b/more.d"):
+        (tmp_path / place).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(RequestError, match=f"{place}: a link to .*nowhere, which is not there"):
+            sizes(tmp_path)
+        (tmp_path / place).unlink()
+
+
+def test_picture_in_no_class_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_sets(tmp_path, train=1, test=1)
+    write(tmp_path / "train" / "__MACOSX" / "0")
+    write(tmp_path / "train" / "loose")
+    assert sizes(tmp_path) == {"train": 2, "test": 2}
+    assert "1 pictures are in no class's folder, and are not read: loose.png" in caplog.text
+
+
+def test_picture_of_a_csv_is_in_one_set_and_one_class(tmp_path: Path) -> None:
+    write(tmp_path / "0")
+    write(tmp_path / "1")
+    for row, words in (("0.png,b,train", "0.png has two labels, 'a' and 'b'"), ("./0.png,a,Test", "0.png is in both sets")):
+        (tmp_path / "list.csv").write_text(f"path,label,split\n0.png,a,train\n0.png,a,train\n1.png,b,train\n{row}\n")
+        with pytest.raises(RequestError, match=words):
+            formats.collect("csv", tmp_path)
 
 
 def test_files_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,8 +128,10 @@ def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 
 def test_labels_of_a_csv_are_in_one_order_whatever_their_form(tmp_path: Path) -> None:
     names = ["1", "01", "001", "10", "9", "0", "1" + "0" * 5000]
-    write(tmp_path / "0")
-    rows = "".join(f"0.png,{name},{split}\n" for name in names for split in ("train", "test"))
+    rows = ""
+    for number, name in enumerate(names):
+        for split in ("train", "test"):
+            rows += f"{write(tmp_path / f'{split}{number}').name},{name},{split}\n"
     (tmp_path / "list.csv").write_text("path,label,split\n" + rows)
     assert formats.collect("csv", tmp_path).class_names[:-1] == ("0", "001", "01", "1", "9", "10")
     (tmp_path / "list.csv").write_text("path,label\n0.png,  \n")

@@ -144,6 +144,10 @@ def test_options_in_files_of_this_machine_travel_as_flags(tmp_path: Path) -> Non
     sweep = render(Request(overlay="sweep", task=("--epochs=3", "--preset=fast"), trials=(own,)))
     (trials,) = [found for found in sweep if found["kind"] == "ConfigMap"]
     assert "--learning_rate=0.0001\n" in trials["data"]["0"]
+    with pytest.raises(RequestError, match="a trial names a preset, and so does --preset=FILE of all of them"):
+        render(Request(overlay="sweep", task=("--preset", str(preset)), trials=(own,)))
+    with pytest.raises(RequestError, match="--flagfile: a file of this machine is expected: Unable to open"):
+        render(Request(task=("--flagfile=/data/flags",)))
     # What the file does not say is as in the defaults, not as in the preset of all trials.
     (tmp_path / "0").write_text(trials["data"]["0"])
     config = task_config(["--epochs=3", "--preset=fast", f"--flagfile={tmp_path}/0"])

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from trainer import pictures
@@ -78,10 +78,21 @@ def _folders(folder: Path) -> list[str]:
     Raises:
         RequestError: one is a link that leads nowhere: a class would be lost.
     """
-    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if lost := [path for path in found if path.is_symlink() and not path.exists() and not path.suffix]:
-        raise RequestError(f"{lost[0]}: a link to {lost[0].readlink()}, which is not there: mend it, or remove it")
+    found = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+    _refuse_lost(found)
     return sorted(path.name for path in found if path.is_dir())
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether the system or a tool has left it: .DS_Store, ._1.png, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _refuse_lost(paths: Iterable[Path]) -> None:
+    """Of a link that leads nowhere nobody knows what it was to be; a picture's is found by who reads it."""
+    for path in paths:
+        if path.is_symlink() and not path.exists() and path.suffix.lower() not in pictures.SUFFIXES:
+            raise RequestError(f"{path}: a link to {path.readlink()}, which is not there: mend it, or remove it")
 
 
 def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
@@ -90,8 +101,11 @@ def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
     if others:
         raise RequestError(f"{root / others[0]}: a class that has no folder in the training set")
     listed, kinds = [], Counter[str]()
+    if loose := [path for path in root.iterdir() if path.suffix.lower() in pictures.SUFFIXES and not _is_hidden(path.name)]:
+        _log.warning("%s: %d pictures are in no class's folder, and are not read: %s, ...", root, len(loose), min(loose).name)
     for name in class_names:
         files = _files_below(root / name) if root.joinpath(name).is_dir() else []
+        _refuse_lost(files)
         # One that cannot be read is found by whoever reads it: a link that leads nowhere, too.
         paths = sorted(path for path in files if path.suffix.lower() in pictures.SUFFIXES)
         kinds.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in pictures.SUFFIXES)
@@ -105,14 +119,14 @@ def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files in a folder and below it, links followed; not what the system or a tool has left: .DS_Store, ._1.png."""
+    """All files in a folder and below it, links followed."""
     found, seen = [], set[tuple[int, int]]()
     for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         state = Path(place).stat()
         # A link may lead to a folder that it is in.
-        visible = [] if (state.st_dev, state.st_ino) in seen else [name for name in folders if not name.startswith(".")]
+        visible = [] if (state.st_dev, state.st_ino) in seen else [name for name in folders if not _is_hidden(name)]
         if (state.st_dev, state.st_ino) not in seen:
-            found += [Path(place, name) for name in files if not name.startswith(".")]
+            found += [Path(place, name) for name in files if not _is_hidden(name)]
         seen.add((state.st_dev, state.st_ino))
         folders[:] = sorted(visible)
     return found

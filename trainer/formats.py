@@ -4,6 +4,7 @@ Each is told by what is there, checked, and listed as a `Collection`.
 """
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def _from_csv(path: Path, channels: int) -> Collection:
             listed.setdefault(split, []).append(row)
     if not listed.get("train"):
         raise RequestError(f"{path}: no rows of the training set in it")
+    _check_once(listed)
     names = {name for _, name in listed["train"]}
     # Numbers as numbers: 10 comes after 9. Of any length, which `int` refuses.
     numeric = all(name.isdecimal() for name in names)
@@ -201,6 +203,18 @@ def _from_csv(path: Path, channels: int) -> Collection:
     return _of_files("csv", path if path.is_dir() else path.parent, listed, class_names, channels)
 
 
+def _check_once(listed: dict[str, list[tuple[Path, str]]]) -> None:
+    """Refuses a picture that would be tested on after it was trained on, or that has two labels; it may stand there twice."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split, rows in listed.items():
+        for path, name in rows:
+            before = seen.setdefault(os.path.normpath(path), (split, name))
+            if before[0] != split:
+                raise RequestError(f"{path} is in both sets: take it out of one")
+            if before[1] != name:
+                raise RequestError(f"{path} has two labels, {before[1]!r} and {name!r}")
+
+
 def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
     rows = []
     try:
@@ -209,7 +223,7 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
             if not set(reader.fieldnames or ()) >= _COLUMNS:
                 raise RequestError(f"{file}: its first line must name the columns path and label (and split, if there are both)")
             for row in reader:
-                split = (row.get("split") or file_split).strip()
+                split = (row.get("split") or file_split).strip().lower()
                 if split not in ("train", "test") or not row["path"] or not (row["label"] or "").strip():
                     raise RequestError(f"{file}, line {reader.line_num}: expected a path, a label, and as split train or test")
                 rows.append((split, (file.parent / row["path"], row["label"].strip())))

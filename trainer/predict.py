@@ -51,10 +51,12 @@ def _usable(paths: list[Path], on_error: str) -> list[Path]:
     """The paths of usable images: what cannot be read is told before TensorFlow is imported."""
     errors = {path: error for path in paths if (error := _what_is_wrong(path))}
     usable = [path for path in paths if path not in errors]
-    if errors and (on_error == "fail" or not usable):
+    if errors and on_error == "fail":
         raise next(iter(errors.values()))
     for error in errors.values():
         _log.warning("left out: %s", error)
+    if not usable:
+        raise RequestError("not one of the files is a usable picture")
     return usable
 
 
