@@ -33,7 +33,9 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("lost", ["train.segments.npy", "train-00003-of-00008.tfrecord", "test-00001-of-00002.tfrecord"])
-def test_finished_conversion_that_has_lost_a_file_is_made_again(lost: str, tmp_path: Path) -> None:
+def test_finished_conversion_that_has_lost_a_file_is_made_again(
+    lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     convert.convert(collection(), tmp_path, REQUEST, 1, lambda _: None)
     before = written(tmp_path)
     (tmp_path / lost).unlink()
@@ -41,6 +43,7 @@ def test_finished_conversion_that_has_lost_a_file_is_made_again(lost: str, tmp_p
         (tmp_path / lost).write_bytes(before[lost][:-1])
     convert.convert(collection(), tmp_path, REQUEST, 1, lambda _: None)
     assert written(tmp_path) == before
+    assert "files of it are lost or cut short: converting it again" in caplog.text
     assert len(records.describe(str(tmp_path)).records("train")) == 160
 
 

@@ -103,7 +103,7 @@ class Checkpoints:
         try:
             self._read_best(step)
         except _DAMAGE as error:
-            raise Stopped(f"{path} is damaged ({_first_line(error)}): start again to go on from before it") from error
+            raise Stopped(f"{path} is damaged ({storage.reason_of(error)}): start again to go on from before it") from error
 
     def _read_best(self, step: int) -> None:
         self._best.read(str(self._path("best", step) / "state")).assert_consumed()
@@ -128,14 +128,14 @@ class Checkpoints:
                     self._read_best(progress.best_step)
                 self._everything.read(str(path / "state")).assert_consumed()
             except _DAMAGE as error:
-                first_line = _first_line(error)
+                first_line = (str(error).splitlines() or [""])[0]
                 # The options are the run's own: what they name has become another network since.
                 if isinstance(error, AssertionError) or any(words in first_line for words in _OTHER_SHAPE):
                     raise RequestError(
                         f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
-                _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, first_line)
+                _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, storage.reason_of(error))
                 continue
             return progress
         if steps:
@@ -179,10 +179,6 @@ class Checkpoints:
 
     def _steps(self, kind: str) -> list[int]:
         return sorted(int(path.name.removeprefix(f"{kind}-")) for path in self._folder.glob(f"{kind}-*"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:

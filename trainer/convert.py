@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from trainer.errors import RequestError
 from trainer.shards import NOTES, Request, Shard, goes_on, writers
 
 _SHAPE_OF_FIRST = 1000
+_log = logging.getLogger("digitfleet")
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -166,6 +168,7 @@ def _is_whole(described: records.Description) -> bool:
 
 def _begin_again(output: Path, fingerprint: str) -> None:
     """Makes a finished conversion, of which files are lost, one that goes on."""
+    _log.warning("%s: files of it are lost or cut short: converting it again", output)
     (output / NOTES).mkdir(exist_ok=True)
     storage.write_json(output / NOTES / "request.json", {"fingerprint": fingerprint})
     (output / records.DESCRIPTION).unlink()
