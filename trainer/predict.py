@@ -55,7 +55,7 @@ def _usable(paths: list[Path], on_error: str) -> list[Path]:
         raise next(iter(errors.values()))
     for error in errors.values():
         _log.warning("left out: %s", error)
-    if not usable:
+    if errors and not usable:
         raise RequestError("not one of the files is a usable picture")
     return usable
 
