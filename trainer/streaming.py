@@ -194,7 +194,7 @@ def _decoded(records: Records) -> tf.data.Dataset:
     size = min(_BATCH, 2 ** int(math.log2(max(1, _DECODED_BYTES // largest))))
     dataset = eval_records(records, Share(0, _BATCH, _BATCH)).rebatch(size, drop_remainder=True)
     dataset = dataset.map(lambda serialized, _: decode(serialized), num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.rebatch(_BATCH, drop_remainder=True).prefetch(1).apply(untuned)
+    return (dataset if size == _BATCH else dataset.rebatch(_BATCH, drop_remainder=True)).prefetch(2).apply(untuned)
 
 
 def batches(records: Records) -> Iterator[tuple[np.ndarray, np.ndarray]]:
