@@ -40,7 +40,7 @@ setup(
     description="Train a model with TensorFlow on many GPUs and many machines, without pain",
     long_description=(_HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="Apache-2.0 AND CC-BY-SA-3.0",  # The second: the MNIST files, which the package holds.
     license_files=["LICENSE", "trainer/mnist/LICENSE"],
     python_requires=">=3.10",
     # The manifests stand beside the code in the repository, and inside of launch where they are installed (launch/manifests.py).

@@ -147,6 +147,30 @@ def finished(made_once, tiny_data: Path) -> Path:
     return made_once("finished", make) / "run"
 
 
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes the module `mine`, which jobs find by PYTHONPATH."""
+    # A text of the same length within a second would be taken for the one before.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def write(text: str) -> None:
+        (tmp_path / "mine.py").write_text(text)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `serving.Server` of the finished job, for all tests of a file."""
+    from serving import Server
+
+    running = Server(tmp_path_factory.mktemp("serve"), model_dir=finished, max_requests_per_second=0, max_body_mb=2)
+    yield running
+    running.close()
+
+
 @pytest.fixture(scope="session")
 def tensorboard(finished: Path) -> Iterator[str]:
     """The address of a TensorBoard that shows the finished run as one of its log directory's."""

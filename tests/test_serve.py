@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import http.client
 import io
 import json
 import re
@@ -11,96 +10,24 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, arguments
+from conftest import ROOT
 from PIL import Image
+from serving import BLANK, PREDICT, Server, form, png
 
 from trainer import exported, predict
+from trainer.classifier import Classifier
+from trainer.errors import RequestError
 from trainer.ports import free_ports
-
-PREDICT = "/v1/models/digitfleet:predict"
-
-
-class Server:
-    """A running `python -m trainer.serve`; ready when it is made."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.stderr = folder / f"stderr-{uuid.uuid4().hex}"
-        command = [sys.executable, "-m", "trainer.serve", *arguments({"port": 0, **options})]
-        with open(self.stderr, "w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
-        self.line = self.process.stdout.readline()
-        found = re.fullmatch(r"trainer\.serve: \S+ on http://(\S+):(\d+)/\n", self.line)
-        assert found, self.line + self.stderr.read_text()
-        self.host, self.port = found[1], int(found[2])
-
-    def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body; `body` is bytes, or becomes JSON."""
-        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
-            named = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method or ("GET" if body is None else "POST"), path, content, named)
-            response = connection.getresponse()
-            return response.status, dict(response.getheaders()), response.read()
-        finally:
-            connection.close()
-
-    def json(self, path: str, body: Any = None, **headers: str) -> dict[str, Any]:
-        status, _, content = self.ask(path, body, **headers)
-        assert status == 200, content
-        return json.loads(content)
-
-    def error(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
-        """Status and message of a refused request."""
-        status, found, content = self.ask(path, body, **headers)
-        assert found["Content-Type"] == "application/json"
-        assert json.loads(content).keys() == {"error"}
-        return status, json.loads(content)["error"]
-
-    def end(self, number: int) -> int:
-        """The exit code after a signal."""
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("serve"), model_dir=finished, max_requests_per_second=0, max_body_mb=2)
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
 def model(finished: Path) -> exported.Model:
     return exported.load(str(finished))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return content.getvalue()
-
-
-def form(files: list[tuple[str, bytes]]) -> tuple[bytes, str]:
-    """A multipart body and its type."""
-    parts = [
-        b'--limit\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
-        for name, content in files
-    ]
-    return b"".join(parts) + b"--limit--\r\n", "multipart/form-data; boundary=limit"
 
 
 def test_page_and_its_files_come_with_strict_headers(server: Server) -> None:
@@ -227,7 +154,6 @@ def test_requests_by_the_rules_of_tensorflow_serving(
     assert outputs["class_names"] == [text.decode() for text in expected["class_names"]]
 
 
-BLANK = np.zeros((28, 28, 1)).tolist()
 WRONG = {
     "no JSON": (b"{", "no JSON"),
     "not UTF-8": (b"\xff\xfe\xfd", "no JSON"),
@@ -271,6 +197,13 @@ def test_wrong_request_is_told_in_one_line(kind: str, server: Server) -> None:
     assert "Traceback" not in server.stderr.read_text()
 
 
+def test_a_network_that_overflows_is_told(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier(str(finished))
+    monkeypatch.setattr(classifier, "_run", lambda *_: {"probabilities": np.full((1, 10), np.nan, np.float32)})
+    with pytest.raises(RequestError, match="the network overflows with these numbers"):
+        classifier.run("serving_default", np.full((1, 28, 28, 1), 3e38, np.float32))
+
+
 def test_wrong_files_are_told_by_name(server: Server) -> None:
     assert server.error("/api/predict", b"no picture") == (400, "the picture: no image: expected PNG, JPEG, GIF, WebP or BMP")
     body, kind = form([("a.png", png(np.eye(28) > 0)), ("b.png", b"no picture")])
@@ -279,20 +212,6 @@ def test_wrong_files_are_told_by_name(server: Server) -> None:
     assert server.error("/api/predict", body, Content_Type=kind) == (400, "0 pictures given: a request takes 1 to 256")
     body, kind = form([("a.png", b"")] * 257)
     assert server.error("/api/predict", body, Content_Type=kind)[1].startswith("257 pictures given")
-
-
-@pytest.mark.parametrize("side", [5_000, 10_000, 20_000])
-@pytest.mark.parametrize("path", ["/api/predict", PREDICT])
-def test_small_file_of_many_pixels_is_refused_before_it_is_unpacked(path: str, side: int, server: Server) -> None:
-    content = io.BytesIO()
-    Image.new("1", (side, side)).save(content, "PNG")
-    body: Any = content.getvalue()
-    assert len(body) < 100_000
-    if path == PREDICT:
-        body = {"signature_name": "image_bytes", "instances": [{"b64": base64.b64encode(body).decode()}]}
-    status, message = server.error(path, body)
-    assert status == 400
-    assert "too large" in message
 
 
 def test_unknown_addresses_and_methods_are_json_errors(server: Server) -> None:
@@ -306,50 +225,6 @@ def test_unknown_addresses_and_methods_are_json_errors(server: Server) -> None:
     status, headers, _ = server.ask("/api/predict")
     assert status == 405
     assert "POST" in headers["Allow"]
-
-
-def test_large_body_is_refused(server: Server) -> None:
-    assert server.ask("/api/predict", bytes(2 * 2**20))[0] == 400, "of the largest size, it is read"
-    assert server.error("/api/predict", bytes(2 * 2**20 + 1)) == (413, "the request is larger than 2 MiB (--max_body_mb)")
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-        connection.sendall(b"POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
-        assert b" 413 " in connection.recv(1000), "before any of it has come"
-
-
-def test_pages_of_other_origins_are_refused(server: Server) -> None:
-    body = {"instances": [BLANK]}
-    own = f"127.0.0.1:{server.port}"
-    server.json(PREDICT, body, Origin=f"http://{own}")
-    for origin in ("http://example.org", "null", f"http://localhost:{server.port}", "http://127.0.0.1"):
-        assert server.error(PREDICT, body, Origin=origin)[0] == 403, origin
-        assert server.error("/api/predict", png(np.eye(28) > 0), Origin=origin)[0] == 403, origin
-
-
-def test_name_that_leads_here_all_the_same_is_refused(server: Server) -> None:
-    for host in ("example.org", f"example.org:{server.port}", "127.0.0.1.example.org", "[", ""):
-        assert server.error("/api/model", Host=host)[0] == 403, host
-    for host in ("localhost:9000", "127.0.0.1", "[::1]:8501"):
-        assert server.json("/api/model", Host=host)
-
-
-def test_clients_rate_is_limited_and_everybody_is_warned(finished: Path, tmp_path: Path) -> None:
-    server = Server(tmp_path, model_dir=finished, host="0.0.0.0", max_requests_per_second=1, model_name="digits.v2")
-    try:
-        assert "no authentication" in server.stderr.read_text()
-        assert len(server.stderr.read_text().splitlines()) == 1
-        # Any second with two requests has one too many.
-        answers = (server.ask("/v1/models/digits.v2", Host="model.example.org") for _ in range(1000))
-        status, headers, content = next(answer for answer in answers if answer[0] != 200)
-        assert status == 429
-        assert int(headers["Retry-After"]) >= 1
-        assert "--max_requests_per_second" in json.loads(content)["error"]
-        assert {server.ask("/healthz")[0] for _ in range(20)} == {200}, "probes are not counted"
-        time.sleep(int(headers["Retry-After"]))
-        assert any(server.ask("/v1/models/digits.v2")[0] == 200 for _ in range(1000))
-        assert server.end(signal.SIGINT) == 0
-        assert len(server.stderr.read_text().splitlines()) == 1
-    finally:
-        server.close()
 
 
 def test_sigterm_ends_it_while_a_client_stays_connected(finished: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Classifier:
         """The outputs of a signature for a tensor that fits `input_of`, by name.
 
         Raises:
-            RequestError: the model cannot use it: bytes that are no picture.
+            RequestError: the model cannot use it: bytes that are no picture, or numbers so large that it overflows.
         """
         name, _, _ = self.input_of(signature)
         size = loading.batch_size(self.model.input_shape, _BATCH)
@@ -83,9 +83,13 @@ class Classifier:
         parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
         try:
             found = [self._run(signature, name, tf.constant(part.tolist() if part.dtype.hasobject else part)) for part in parts]
-            return {key: np.concatenate([one[key] for one in found]) for key in found[0]}
         except tf.errors.InvalidArgumentError as error:
             raise RequestError(f"{name}: {str(error.message).splitlines()[0]}") from error
+        outputs = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
+        # JSON has no NaN, and a NaN would be the first class.
+        if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in outputs.values()):
+            raise RequestError(f"{name}: the network overflows with these numbers: expected pixels from 0 to 255")
+        return outputs
 
     def _run(self, signature: str, name: str, given: tf.Tensor) -> dict[str, np.ndarray]:
         return {key: value.numpy() for key, value in self.model.signatures[signature](**{name: given}).items()}

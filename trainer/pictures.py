@@ -100,9 +100,10 @@ def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
         # 16-bit gray: Pillow's own conversion clips instead of scaling. All alike, whatever is in them.
         values = np.asarray(ImageOps.exif_transpose(image), np.float32)
         return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert(mode)
-    if image.mode == mode and "transparency" not in image.info:
+    if not image.has_transparency_data:
         # Pillow reads lazily: here, so that damage shows while the file is known.
-        return ImageOps.exif_transpose(image).convert(mode)
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert(mode) if upright.mode == mode else upright.convert("RGB").convert(mode)
     rgba = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert(mode)
 
