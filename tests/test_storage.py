@@ -102,6 +102,13 @@ def test_write_that_fails_in_the_middle_ends_with_75_and_the_last_checkpoint_goe
     assert start_job(epochs=12).finish()["restarts"] == 2
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 75), (errno.EIO, 75), (errno.EACCES, 2), (errno.ENOENT, 2)])
+def test_storage_that_fails_is_no_wrong_request(number: int, code: int) -> None:
+    with pytest.raises(RequestError, match="/data/a: cannot be read") as caught, storage.reading("/data"):
+        raise OSError(number, "no", "/data/a")
+    assert caught.value.exit_code == code
+
+
 def test_reason_of_an_error_within_a_graph_is_what_is_wrong() -> None:
     text = (
         "Graph execution error:\n\nDetected at node SaveV2 defined at (most recent call last):\n"
