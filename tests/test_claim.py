@@ -18,6 +18,7 @@ def test_folder_of_another_configuration_is_refused_with_the_difference(change: 
         run_here(**{"epochs": 3, **change})
 
 
+@pytest.mark.e2e
 def test_run_of_precision_auto_goes_on_in_the_format_that_it_began_with(
     run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,9 @@ def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
     assert not (folder / "tensorboard/test").exists()
 
 
-@pytest.mark.parametrize("method", ["write", "write_histograms", pytest.param("close", marks=pytest.mark.e2e)])
+@pytest.mark.parametrize(
+    "method", ["write", *(pytest.param(name, marks=pytest.mark.e2e) for name in ("write_histograms", "close"))]
+)
 def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
     method: str, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_want_of_memory_for_the_report_costs_nothing_else(run_here: Any, tmp_pat
     assert (tmp_path / "run/result.json").exists()
 
 
+@pytest.mark.e2e
 def test_size_of_a_batch_changes_no_evaluation(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_here(model_dir=str(tmp_path / "whole"), epochs=1)
     monkeypatch.setattr(loading, "_MOST_VALUES", 70 * 28 * 28)
@@ -238,6 +241,7 @@ def test_profile_that_would_never_begin_is_refused(run_here: Any) -> None:
         run_here(profile_steps="33,40")
 
 
+@pytest.mark.e2e
 def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any, tiny_data: Path) -> None:
     (port,) = free_ports(1)
     job = start_job(epochs=1000, metrics_port=port)
