@@ -14,17 +14,32 @@ from trainer.errors import RequestError
 from trainer.options import read_yaml
 
 
-def task_config(arguments: Sequence[str], volumes: Collection[str] = ()) -> Config:
+def task_config(arguments: Sequence[str]) -> Config:
     """What the workers will understand, so that a mistake is told once and not by each.
+
+    Args:
+        arguments: flags of trainer.task.
+
+    Raises:
+        RequestError: a flag of the task is wrong.
+    """
+    return task_flags.with_options(_known_options(arguments, ()))
+
+
+def pods_config(arguments: Sequence[str], volumes: Collection[str]) -> Config:
+    """As `task_config`, of what the cluster starts again.
 
     Args:
         arguments: flags of trainer.task.
         volumes: where workers have volumes; a preset's file there is theirs, and left out, as it is not here to look into.
 
     Raises:
-        RequestError: a flag of the task is wrong.
+        RequestError: a flag of the task is wrong, or none for pods.
     """
-    return task_flags.with_options(_known_options(arguments, volumes))
+    config = task_flags.with_options(_known_options(arguments, volumes))
+    if not config.resume:
+        raise RequestError("--noresume: a pod that is lost or evicted could not go on: give a --model_dir of its own instead")
+    return config
 
 
 def _known_options(arguments: Sequence[str], volumes: Collection[str]) -> dict[str, Any]:

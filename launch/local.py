@@ -71,6 +71,8 @@ def main(task_arguments: list[str]) -> None:
     faults = chaos.parse(values.chaos, values.num_workers)
     model_dir = config.model_dir or task_flags.new_model_dir(config)
     devices = values.devices_per_worker or config.num_devices
+    if config.num_devices not in (0, devices):
+        raise RequestError(f"--devices_per_worker={devices} and --num_devices={config.num_devices}: give one of them")
     environments, num_devices = _share_devices(values.num_workers, devices, cluster.visible_gpus())
     extra = [] if config.model_dir else [f"--model_dir={model_dir}"]
     extra += [f"--num_devices={num_devices}"] if num_devices else []
@@ -99,7 +101,8 @@ def main(task_arguments: list[str]) -> None:
     if code == EXIT_REQUEST and is_new:
         _remove_if_only_logs(Path(model_dir))
     if code == EXIT_STOPPED:
-        _say(f"go on with: {_command(task_arguments, extra[: 0 if config.model_dir else 1])}")
+        again = [*extra[: 0 if config.model_dir else 1], *([] if config.resume else ["--resume"])]
+        _say(f"go on with: {_command(task_arguments, again)}")
     sys.exit(code)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from launch import manifests
-from launch.arguments import check_trials, is_below, preset_file, task_config, without_files
+from launch.arguments import check_trials, is_below, pods_config, preset_file, without_files
 from launch.kubectl import Object
 from launch.request import Request
 from launch.workload import (
@@ -99,7 +99,7 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
         raise RequestError("--trials: a trial names a preset, and so does --preset=FILE of all of them: leave one of the two out")
     request = dataclasses.replace(request, task=tuple(without_files(request.task, _task_flags(workload))))
     readable, _ = _volumes(objects)
-    config = task_config(_task_flags(workload, request.task), readable)
+    config = pods_config(_task_flags(workload, request.task), readable)
     container = main_container(workload)
     _set_resources(container, request)
     if request.workers is not None:
@@ -204,7 +204,7 @@ def _trial_flags(
     try:
         others = _task_flags(workload, task)
         flags = without_files(flags, others)
-        config = task_config([*others, *flags], _volumes(objects)[0])
+        config = pods_config([*others, *flags], _volumes(objects)[0])
         _check_fit(config, workload)
         _check_paths(config, objects, workload, flags)
         return flags

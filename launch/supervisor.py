@@ -62,25 +62,26 @@ class Supervisor:
         self._lost = LostTime(say)
         self._asked: list[signal.Signals] = []
         self._asked_at = self._running = 0.0
+        self._restarts = 0
 
     def run(self) -> int:
         """Starts the workers, again and again as far as allowed; returns the exit code. Call it in the main thread."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self._ask(signal.Signals(number)))
-        backoff, restarts = _FIRST_BACKOFF_SECS, 0
+        backoff = _FIRST_BACKOFF_SECS
         while True:
             before = last_step(self._job.model_dir)
             code = self._attempt()
             if code != EXIT_STOPPED or self._asked:
                 break
-            if restarts == self._job.max_restarts:
-                self._say(f"stopped after {restarts} restarts (--max_restarts)")
+            if self._restarts == self._job.max_restarts:
+                self._say(f"stopped after {self._restarts} restarts (--max_restarts)")
                 break
-            restarts += 1
+            self._restarts += 1
             # Who comes further each time is no crash loop.
             backoff = _FIRST_BACKOFF_SECS if last_step(self._job.model_dir) > before else min(2 * backoff, _LONGEST_BACKOFF_SECS)
             self._lost.restart()
-            self._say(f"restart {restarts} of at most {self._job.max_restarts} in {backoff:g} s")
+            self._say(f"restart {self._restarts} of at most {self._job.max_restarts} in {backoff:g} s")
             self._sleep(backoff)
             if self._asked:
                 break
@@ -146,7 +147,9 @@ class Supervisor:
             }
             for index, environment in enumerate(self._job.environments)
         ]
-        command = [*self._job.command, *([f"--data_service={data_service}"] if data_service else [])]
+        # The run in the folder is then this job's own, whatever it was to be.
+        again = ["--resume"] if self._restarts else []
+        command = [*self._job.command, *([f"--data_service={data_service}"] if data_service else []), *again]
         return Workers([command] * len(environments), environments, self._job.model_dir / "logs", self._show)
 
     def _inject(self, workers: Workers) -> None:

@@ -49,7 +49,8 @@ def test_one_flipped_bit_in_one_replica_is_found(part: str, state: State) -> Non
     replica.assign(changed)
     try:
         agreement = Agreement(state, 2, Cluster())
-        with pytest.raises(InconsistentError, match=r"at step 100 the weights of replica 1 on worker 0 \(this machine\)"):
+        places = r"\w{8} on replica 0 on worker 0 \(this machine\); \w{8} on replica 1 on worker 0 \(this machine\)"
+        with pytest.raises(InconsistentError, match=f"at step 100 the replicas have different weights, no more .*{places}"):
             agreement.check_checksums(agreement.checksums(), 100)
     finally:
         replica.assign(before)
@@ -63,6 +64,14 @@ def test_worker_that_differs_from_most_is_named(state: State) -> None:
     with pytest.raises(InconsistentError, match=r"replica 5 on worker 2 \(c:1\)") as caught:
         agreement.check_checksums(values, 5)
     assert "checksum fffffffe, others ffffffff" in str(caught.value)
+
+
+def test_nobody_is_blamed_where_there_is_no_majority(state: State) -> None:
+    agreement = Agreement(state, 4, WORKERS)
+    with pytest.raises(InconsistentError, match=r"0000000b on worker 0 \(a:1\), worker 1 \(b:1\); 0000000a on worker 2"):
+        agreement.check_checksums(np.array([11.0, 11, 10, 10]), 5)
+    with pytest.raises(InconsistentError, match=r"the weights of worker 0 \(a:1\) are not those of the other replicas"):
+        agreement.check_checksums(np.array([11.0, 10, 10, 10]), 5)
 
 
 def test_values_of_a_workers_replicas_stand_in_its_places(state: State) -> None:

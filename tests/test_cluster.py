@@ -1,16 +1,20 @@
 """What the environment says about the workers, and how contradictions are told."""
 
+import errno
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
+from trainer import ranks
 from trainer.cluster import Cluster, from_environment, visible_gpus
 from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
@@ -80,6 +84,11 @@ def skypilot(rank: int, *addresses: str, **more: str) -> dict[str, str]:
         (skypilot(0, "fd00::1", "fd00::2"), "SkyPilot", ["[fd00::1]:2222", "[fd00::2]:2222"], 0),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", ["?:?", "?:?"], 1),
         ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "PMI", ["?:?"] * 3, 0),
+        # mpirun in a batch shell; on another node, by a daemon that srun has started; and srun --mpi=pmi2.
+        *(({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2",
+            "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", ["?:?"] * 2, rank) for rank in (0, 1)),
+        (slurm(1, 2, "gpu[02-03]", "1(x2)", PMI_RANK="4", PMI_SIZE="6"), "PMI", ["?:?"] * 6, 4),
+        (slurm(1, 2, "gpu[01-02]", "1(x2)", PMI_RANK="1", PMI_SIZE="2"), "Slurm", ["gpu01:26804", "gpu02:26804"], 1),
     ],
 )  # fmt: skip
 def test_workers_come_from_each_scheduler(environment: dict[str, str], source: str, workers: list[str], index: int) -> None:
@@ -90,7 +99,7 @@ def test_what_is_written_by_hand_counts_before_schedulers_and_they_count_in_orde
     environment: dict[str, str] = {}
     for more, source in (
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         (skypilot(0, "a", "b"), "SkyPilot"),
         (slurm(0, 2, "a,b", "1(x2)"), "Slurm"),
         (indexed_job(0), "Kubernetes"),
@@ -170,6 +179,21 @@ def test_ranks_find_each_other_through_the_shared_folder_whatever_an_earlier_lau
         assert [cluster.index for cluster in found] == [0, 1, 2]
 
 
+def test_rank_of_a_closed_network_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unrouted(socket.socket):
+        def connect(self, address: Any) -> None:
+            raise OSError(errno.ENETUNREACH, f"no route to {address[0]}")
+
+    found = [("127.0.1.1", 0), ("fe80::1%eth0", 0, 0, 2), ("fd00::3", 0, 0, 0)]
+    monkeypatch.setattr(ranks.socket, "socket", Unrouted)
+    monkeypatch.setattr(ranks.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", address) for address in found])
+    assert ranks._own_host() == "[fd00::3]"
+    found[0] = ("10.1.2.3", 0)
+    assert ranks._own_host() == "10.1.2.3"
+    del found[:]
+    assert ranks._own_host() == "127.0.0.1"
+
+
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
 def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: str, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match=f"--rendezvous_timeout=1 s: {missing}"):
@@ -231,6 +255,8 @@ def test_strategy_is_chosen_from_cluster_and_devices(options: dict, workers: int
         ({"strategy": "multi_worker"}, 0, 2, "no cluster"),
         ({"num_devices": 4}, 0, 2, "this machine has 2 GPUs"),
         ({"all_reduce": "hierarchical_copy"}, 3, 8, "needs --strategy=mirrored"),
+        ({"all_reduce": "hierarchical_copy"}, 0, 3, "and 3 have none"),
+        ({"all_reduce": "hierarchical_copy", "num_devices": 5}, 0, 8, "and 5 have none"),
     ],
 )
 def test_contradictions_between_flags_cluster_and_devices_are_refused(
@@ -244,7 +270,8 @@ def test_contradictions_between_flags_cluster_and_devices_are_refused(
 
 @pytest.mark.parametrize(
     ("chosen", "nodes", "expected"),
-    [(None, ["nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"], ["2", "10"]), (None, [], []),
+    [(None, ["nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"], ["0", "1"]), (None, [], []),
+     ("NoDevFiles", ["nvidia0"], []), ("0,7,1", ["nvidia3", "nvidia5"], ["0"]), ("MIG-1/2/3", ["nvidia0"], ["MIG-1/2/3"]),
      ("1", ["nvidia0", "nvidia1"], ["1"]), ("", ["nvidia0"], []),
      ("-1", ["nvidia0"], []), ("0,-1,1", ["nvidia0", "nvidia1"], ["0"]), ("0,1", ["nvidia0"], ["0"]),
      ("GPU-5a, GPU-7c", ["nvidia0", "nvidia1"], ["GPU-5a", "GPU-7c"]), ("0,1", [], [])],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 
 from trainer import dataset, evaluate, job
+from trainer.agreement import Agreement
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
 from trainer.loop import Loop
@@ -156,9 +158,17 @@ def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_her
     assert f"going on from step {int(third.name[5:])}" in caplog.text
 
 
-def test_all_checkpoints_damaged_is_a_stop_not_a_new_start(run_here, stopped_late: Path) -> None:
+def test_all_checkpoints_damaged_is_no_new_start_and_none_to_repeat(run_here, stopped_late: Path) -> None:
     for path in checkpoints_in(stopped_late):
         (path / "state.index").write_bytes(b"nothing")
+    with pytest.raises(RequestError, match=r"every checkpoint in .* is damaged: bring one back") as caught:
+        run_here(epochs=3)
+    assert caught.value.exit_code == 2
+
+
+def test_checkpoints_that_cannot_be_read_this_time_are_a_stop(run_here, stopped_late: Path, monkeypatch) -> None:
+    error = tf.errors.UnknownError(None, None, "Input/output error")
+    monkeypatch.setattr(tf.train.Checkpoint, "read", Mock(side_effect=error))
     with pytest.raises(Stopped, match="every checkpoint"):
         run_here(epochs=3)
 
@@ -269,8 +279,10 @@ def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, 
     assert whole["weights_sha256"] != plain["weights_sha256"]
     stop = StopRequest()
     stop.set("SIGTERM")
-    with pytest.raises(Stopped):
+    with patch.object(Agreement, "check_checksums") as compared, pytest.raises(Stopped, match="stopped at step 5 of"):
         run_here(stop, ema_decay=0.9)
+    # Although no checkpoint was due: all would go on from a faulty replica's weights, which are the same then.
+    assert [call.args[1] for call in compared.call_args_list] == [5]
     again = run_here(ema_decay=0.9)
     assert again["weights_sha256"] == whole["weights_sha256"]
 

@@ -130,14 +130,14 @@ def test_sweep_has_the_trials_of_a_file(bench: Bench) -> None:
 
 def test_options_in_files_of_this_machine_travel_as_flags(tmp_path: Path) -> None:
     preset, flagfile = tmp_path / "best.yaml", tmp_path / "flags"
-    preset.write_text("learning_rate: 1e-4\nresume: false\njit_compile: false\nmodel: fast_cnn\nmodel_dir: /data/elsewhere\n")
+    preset.write_text("learning_rate: 1e-4\nreport: false\njit_compile: false\nmodel: fast_cnn\nmodel_dir: /data/elsewhere\n")
     flagfile.write_text(f"# mine\n--epochs=2\n--preset={preset}\n")
     given = (f"--flagfile={flagfile}", "--model", "bn_cnn")
     command = pods.of(render(Request(name="digits", task=given)))[0].command
     assert str(tmp_path) not in json.dumps(command)
     config = task_config(command[command.index("trainer.task") + 1 :])
     # What the overlay or a flag says counts more than the preset, wherever it stands.
-    assert (config.learning_rate, config.resume, config.epochs) == (0.0001, False, 2)
+    assert (config.learning_rate, config.report, config.epochs) == (0.0001, False, 2)
     assert (config.model, config.model_dir) == ("bn_cnn", "/data/runs/digits")
     assert "--nojit_compile" in command
     own = ("--seed=1", "--preset", str(preset))
@@ -283,6 +283,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"overlay": "tune", "task": ("--validation_fraction=0",)}, "validation decides in a search"),
     ({"overlay": "tune", "task": ("--learning_rate=0.01",)}, "--learning_rate is searched by the space"),
     ({"overlay": "trainjob", "task": ("--grace_period=300",)}, "ends pods after 60 s: give 55 or less"),
+    ({"task": ("--noresume",)}, "--noresume: a pod that is lost"),
     ({"task": ("--strategy=mirrored",)}, "with 2 workers: each would train alone"),
     ({"task": ("--model_dir=/tmp/x",)}, "--model_dir=/tmp/x is on no volume"),
     ({"task": ("--model_dir=runs/x",)}, "--model_dir=runs/x is on no volume"),

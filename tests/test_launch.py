@@ -148,8 +148,10 @@ def test_worker_that_does_not_end_is_killed(tmp_path: Path) -> None:
 def test_stopped_job_is_started_again_until_it_finishes(tmp_path: Path) -> None:
     # Each worker appends a letter an attempt: the third attempt finds two.
     command = f"file={tmp_path}/attempts-$index; [[ $(cat $file) = xx ]] && exit 0; echo -n x >> $file; sleep 0.3; exit 75"
-    code, output = outcome(supervise(tmp_path, command, restarts=5))
+    # The flags that are added come after the script, as its $0.
+    code, output = outcome(supervise(tmp_path, f"echo $0 >> {tmp_path}/flags; {command}", restarts=5))
     assert code == 0, output
+    assert (tmp_path / "flags").read_text().split() == ["bash"] * 2 + ["--resume"] * 4, "their run, in spite of --noresume"
     assert "restart 2 of at most 5 in 4 s" in output
 
 
@@ -323,6 +325,7 @@ def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:
         (["--", "--global_batch_size=-1"], "--global_batch_size=-1"),
         (["--", "train"], "unexpected argument 'train'"),
         (["--nonsense"], "nonsense"),
+        (["--devices_per_worker=2", "--", "--num_devices=4"], "--devices_per_worker=2 and --num_devices=4: give one of them"),
         (["--", "--data_dir=x", "--data_service=grpc://localhost:5050"], "grpc://localhost:5050 is out of reach"),
         (["--", "--data_dir=gs://bucket/digits"], "gs://bucket/digits is out of reach"),
     ],

@@ -133,6 +133,14 @@ def test_augmentation_fades_out_over_the_last_share_of_a_job(kind: str) -> None:
     assert augmentation.strength_at(positions, 1000, 0.0) is None
 
 
+@pytest.mark.parametrize(("magnitude", "most"), [(0.2, 1), (0.5, 1), (1.0, 2), (1.5, 3)])
+def test_small_shifts_are_a_pixel_and_not_none(magnitude: float, most: int) -> None:
+    images = np.zeros((64, 28, 28, 1), np.float32)
+    images[:, 13, 13] = 1
+    moved = augment(tf.constant(images), tf.range(64, dtype=tf.int64), "shift", 0, magnitude=magnitude).numpy()
+    assert set(np.argwhere(moved[..., 0])[:, 1:].ravel() - 13) == set(range(-most, most + 1))
+
+
 @pytest.mark.parametrize("kind", ["shift", "affine"])
 def test_augmentation_is_as_large_as_asked_for(kind: str) -> None:
     images = np.zeros((64, 28, 28, 1), np.float32)

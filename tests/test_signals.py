@@ -20,7 +20,7 @@ def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weigh
 ) -> None:
     options = {"deterministic": True, "epochs": 6, "augment": "affine", "dropout_rate": 0.3, "early_stopping_patience": 40}
     whole = start_job(model_dir=tmp_path / "whole", **options).finish()
-    job = start_job(**options)
+    job = start_job(**options, resume=False)
     job.wait_for(lambda: job.step() >= 20, "step 20")
     job.process.send_signal(number)
     assert job.wait() == 75

@@ -10,6 +10,7 @@ import tensorflow as tf
 from conftest import mirrored
 
 from trainer import augment, steps
+from trainer.job import _gradients_kept
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.presets import from_preset
@@ -31,7 +32,9 @@ def train(num_replicas: int, num_steps: int = 3, **options: Any) -> tuple[np.nda
         synchronized = config.sync_batch_norm and num_replicas > 1
         model = training_model(config, (12, 12, 1), 4, synchronized=synchronized)
         schedule = Schedule(config, 100)
-        state = steps.State(model, inference_model(config, (12, 12, 1), 4), make_optimizer(config, schedule, model), schedule)
+        kept = _gradients_kept(model) if config.histograms_every else ()
+        inference = inference_model(config, (12, 12, 1), 4)
+        state = steps.State(model, inference, make_optimizer(config, schedule, model), schedule, kept)
     steps.make_copy_weights(state, strategy)()
     batch = config.global_batch_size // num_replicas
 
@@ -115,6 +118,15 @@ def test_loss_scale_falls_when_the_gradients_of_any_replica_overflow(num_replica
     assert float(state.optimizer.dynamic_scale.numpy()) == scale / 2
     for variable, value in zip(weights_of(state.model), before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize(("precision", "num_replicas"), [("float64", 2), ("mixed_float16", 1)])
+def test_gradients_of_histograms_have_the_norm_that_is_told(precision: str, num_replicas: int) -> None:
+    # float16's first steps overflow: their gradients are no numbers.
+    totals, _, state = train(num_replicas, 6, precision=precision, histograms_every=2)
+    norm = np.sqrt(sum(np.sum(np.square(kept.numpy().astype(np.float64))) for kept in state.gradients))
+    told = totals[:, steps.GRADIENT_NORM]
+    np.testing.assert_allclose(norm, told[np.isfinite(told)][-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])

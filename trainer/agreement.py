@@ -50,7 +50,14 @@ class Agreement:
             step: for the message.
         """
         values = [int(value) for value in np.rint(checksums)]
-        usual, _ = Counter(values).most_common(1)[0]
+        usual, count = Counter(values).most_common(1)[0]
+        if 2 * count <= len(values):
+            groups = {value: [self._place(index) for index, found in enumerate(values) if found == value] for value in values}
+            told = "; ".join(f"{value:08x} on {', '.join(places)}" for value, places in groups.items())
+            raise InconsistentError(
+                f"at step {step} the replicas have different weights, no more than half of them the same (checksum {told}): "
+                "a fault of memory or of the network; nothing of this step is saved, look at these machines, then start again"
+            )
         other = [index for index, value in enumerate(values) if value != usual]
         if other:
             places = ", ".join(self._place(index) for index in other)

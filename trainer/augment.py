@@ -84,7 +84,7 @@ def augment(
         return images
     random = uniform(positions, 6, seed, _STREAM)
     if kind == "shift":
-        pixels = round(magnitude * _MAX_SHIFT_PIXELS)
+        pixels = math.ceil(magnitude * _MAX_SHIFT_PIXELS)
         shift = tf.floor(random[:, :2] * (2 * pixels + 1)) - pixels
         shift = shift if strength is None else tf.round(shift * strength[:, tf.newaxis])
         one, zero = tf.ones_like(shift[:, 0]), tf.zeros_like(shift[:, 0])

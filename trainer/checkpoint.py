@@ -25,6 +25,8 @@ from trainer.tracing import graph
 _log = logging.getLogger("digitfleet")
 # What TensorFlow and JSON raise for files that are cut, changed or missing.
 _DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
+# What TensorFlow raises where files could not be read this time, whatever is in them.
+_FAILED = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
 
 # Of TensorFlow's variables, and of Keras's on several replicas.
 _OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
@@ -113,11 +115,12 @@ class Checkpoints:
 
         Raises:
             RequestError: the newest that is whole has other variables than this job.
-            Stopped: there are checkpoints, and all are damaged.
+                Or all are damaged: no new start changes that.
+            Stopped: none can be read, because the storage has failed.
         """
         self._recover()
-        steps = self._steps("step")
-        for step in reversed(steps):
+        damage: BaseException | None = None
+        for step in reversed(self._steps("step")):
             path = self._path("step", step)
             try:
                 progress = Progress(**json.loads((path / "loop.json").read_text()))
@@ -136,11 +139,15 @@ class Checkpoints:
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
                 _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, storage.reason_of(error))
+                damage = error
                 continue
             return progress
-        if steps:
-            raise Stopped(f"every checkpoint in {self._folder} is damaged: give another --model_dir to start again")
-        return None
+        if damage is None:
+            return None
+        text = f"every checkpoint in {self._folder} is damaged: bring one back, or give another --model_dir to start again"
+        if isinstance(damage, _FAILED):
+            raise Stopped(text) from damage
+        raise RequestError(text) from damage
 
     def remove_newer(self, step: int) -> None:
         """Removes checkpoints after `step`, damaged ones that training passes again, and what a crash left half written."""

@@ -38,16 +38,20 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Cluster:
 def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
     """The NVIDIA GPUs that this process may use, whether TensorFlow finds them or not, as CUDA_VISIBLE_DEVICES names them.
 
-    Device nodes are what a container is given; /proc/driver/nvidia lists the host's.
+    Device nodes are what a container is given; /proc/driver/nvidia lists the host's. CUDA counts from 0, whatever their
+    numbers are.
     """
-    numbers = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
-    existing = sorted((number for number in numbers if number.isdecimal()), key=int)
+    count = sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return existing
-    # CUDA stops at the first that there is not; -1 is the usual way to say none.
-    names = itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in chosen.split(",")))
-    return list(names)[: len(existing)]
+        return [str(index) for index in range(count)]
+    # CUDA stops at the first that there is not: -1 is the usual way to say none, Slurm's is NoDevFiles.
+    names = itertools.takewhile(lambda name: _names_gpu(name, count), (name.strip() for name in chosen.split(",")))
+    return list(names)[:count]
+
+
+def _names_gpu(name: str, count: int) -> bool:
+    return int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
 
 
 def lock_patience(environment: Mapping[str, str] = os.environ) -> float:

@@ -149,7 +149,7 @@ class Config:
         choices=("none", "shift", "affine", "elastic"),
     )
     elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels; up to 4.", above=0, at_most=4)
-    augment_magnitude: float = option(1.0, "Factor of --augment's shifts, rotation, scale and shear.", above=0, at_most=3)
+    augment_magnitude: float = option(1.0, "Factor of --augment's changes; shift goes up to whole pixels.", above=0, at_most=3)
     augment_fade: float = option(0.0, "Last share of training, over which --augment fades to nothing.", at_least=0, at_most=1)
     precision: str = option(
         "float32",
@@ -163,7 +163,7 @@ class Config:
     sync_batch_norm: bool = option(True, "Normalise over the global batch rather than over each replica's part.")
     all_reduce: str = option(
         "auto",
-        "How replicas add up gradients. nccl: GPUs. ring: multi_worker. hierarchical_copy: mirrored on GPUs.",
+        "How replicas add up gradients. nccl: GPUs. ring: multi_worker. hierarchical_copy: mirrored, an even number.",
         choices=("auto", "nccl", "ring", "hierarchical_copy"),
         result=False,
     )

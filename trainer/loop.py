@@ -19,6 +19,7 @@ from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
 from trainer.errors import DivergedError, Stopped
 from trainer.metrics import Record
+from trainer.pace import Pace
 from trainer.plan import Plan
 from trainer.profiler import Profiler
 from trainer.recording import Recording
@@ -74,6 +75,7 @@ class Loop:
         self._agreement, self._stop, self._watch = agreement, stop, watch
         self._profiler = Profiler(config.profile_range, work.profile_dir)
         self._warm = self._validated = False
+        self._pace = Pace(config)
         self._inference_step = -1
 
     def run(self) -> int:
@@ -112,7 +114,7 @@ class Loop:
 
     def _next_boundary(self, step: int) -> int:
         """The first step after `step` at which Python has something to do."""
-        multiples = (self._config.steps_per_loop, self._config.checkpoint_every_steps, self._config.histograms_every)
+        multiples = (self._pace.steps, self._config.checkpoint_every_steps, self._config.histograms_every)
         boundaries = [(step // multiple + 1) * multiple for multiple in multiples if multiple]
         return min(*boundaries, self._plan.next_epoch_end(step), self._plan.total_steps, *self._profiler.edges(step))
 
@@ -134,21 +136,27 @@ class Loop:
         num_steps = boundary - progress.step
         first_step = tf.constant(progress.step, tf.int64)
         local = self._work.train(self._work.iterator, first_step, tf.constant(num_steps, tf.int64))
+        rows = local.numpy()
+        wish = self._pace.wish(rows[:, STEP_SECS], time.perf_counter() - started, compiled=not self._warm)
         # A layer of a user's may have statistics of its own, which each replica has of its part of the batch.
         if not self._config.sync_batch_norm or self._config.is_custom_model:
             self._work.average_statistics()
         # What all workers must know travels in one sum: each step's numbers, who is asked to stop, the checksums.
         compared = self._is_due(boundary) or self._is_epoch_end(boundary)  # What is saved then is good.
         checksums = self._agreement.checksums() if compared else np.zeros([0])
-        values = np.concatenate([np.ravel(local), [float(bool(self._stop.name))], checksums])
+        values = np.concatenate([np.ravel(rows), [float(bool(self._stop.name))], wish, checksums])
         totals = self._work.sum_over_workers(tf.constant(values)).numpy()
         seconds = time.perf_counter() - started
         size = num_steps * TRAIN_COLUMNS
         steps, asked = totals[:size].reshape(-1, TRAIN_COLUMNS), totals[size]
+        self._pace.agree(totals[size + 1 : size + 1 + len(wish)])
         # By the wall clock where TensorFlow tells no time.
         steps[:, STEP_SECS] = np.where(np.isnan(steps[:, STEP_SECS]), seconds / num_steps, steps[:, STEP_SECS])
         self._check_finite(steps)
-        if compared:
+        if asked and not compared:
+            checksums = self._agreement.checksums()
+            totals = self._work.sum_over_workers(tf.constant(checksums)).numpy()
+        if asked or compared:
             self._agreement.check_checksums(totals[-len(checksums) :], boundary)
         progress.step = boundary
         progress.train_seconds += seconds

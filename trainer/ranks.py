@@ -4,7 +4,9 @@ Rank 0 writes a token of its own into the shared `model_dir`; the others answer 
 the list. Files of an earlier launch do no harm: they carry other tokens.
 """
 
+import contextlib
 import dataclasses
+import ipaddress
 import secrets
 import socket
 from pathlib import Path
@@ -50,13 +52,22 @@ def own_address() -> str:
 
 
 def _own_host() -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: it asks the routing table which address faces the other machines. 192.0.2.0/24 is for documentation.
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+    # Sends nothing: it asks the routing table which address faces the other machines. Both networks are for documentation.
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))
+            return _in_brackets(probe.getsockname()[0])
+    # Machines of a closed network may have routes to each other alone: by its name, then.
+    with contextlib.suppress(OSError):
+        for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM):
+            found = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            if not (found.is_loopback or found.is_link_local):
+                return _in_brackets(str(address[0]))
+    return "127.0.0.1"
+
+
+def _in_brackets(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop: StopRequest) -> list[str]:

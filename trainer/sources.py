@@ -133,6 +133,11 @@ def from_slurm(environment: Environment) -> Cluster | None:
     index = _number(environment, "SLURM_PROCID")
     tasks_name = _first(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     total = _number(environment, tasks_name, default=1, at_least=1)
+    # Ranks of an mpirun within the job inherit the variables of the batch shell, which is no step, or of the step that started
+    # its daemons; those that srun itself numbers for MPI have the same number twice.
+    mpi, in_step = from_mpi(environment), bool(environment.get("SLURM_STEP_NUM_TASKS"))
+    if mpi and not (in_step and (mpi.index, len(mpi.workers)) == (index, total)):
+        return None
     nodes_name = _first(environment, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     nodes = expand_node_list(environment.get(nodes_name, ""), nodes_name)
     counts_name = _first(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")

@@ -90,7 +90,8 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
             ]
         norm = tf.cast(tf.linalg.global_norm(gradients), tf.float64) / tf.cast(_loss_scale(optimizer), tf.float64)
         for kept, gradient in zip(state.gradients, gradients, strict=True) if state.gradients else ():
-            kept.assign(gradient)
+            # Those of a step that overflowed are no numbers to draw; it is not taken either.
+            kept.assign(tf.where(tf.math.is_finite(norm), gradient / tf.cast(_loss_scale(optimizer), gradient.dtype), kept))
         optimizer.apply(gradients, model.trainable_variables)
         # Given when the weights have been updated, so that the step has ended then.
         with tf.control_dependencies([tf.convert_to_tensor(variable) for variable in model.trainable_variables]):

@@ -40,8 +40,10 @@ def main(positional: list[str]) -> None:
 
 
 def _command(config: Config) -> str:
-    model_dir = [] if flags.FLAGS.model_dir else [f"--model_dir={config.model_dir}"]
-    return shlex.join(["python", "-m", "trainer.task", *sys.argv[1:], *model_dir])
+    more = [] if flags.FLAGS.model_dir else [f"--model_dir={config.model_dir}"]
+    # The last one counts.
+    more += [] if config.resume else ["--resume"]
+    return shlex.join(["python", "-m", "trainer.task", *sys.argv[1:], *more])
 
 
 if __name__ == "__main__":

@@ -83,11 +83,12 @@ def choose_strategy(config: Config, cluster: Cluster, num_gpus: int) -> tuple[st
             f"--strategy={name} on one of {workers} workers ({cluster.source}): each would train alone and overwrite the "
             "others; use --strategy=multi_worker"
         )
-    _check_all_reduce(config.all_reduce, name, num_gpus)
+    _check_all_reduce(config, name, num_gpus)
     return name, reason
 
 
-def _check_all_reduce(all_reduce: str, strategy: str, num_gpus: int) -> None:
+def _check_all_reduce(config: Config, strategy: str, num_gpus: int) -> None:
+    all_reduce, num_devices = config.all_reduce, config.num_devices or num_gpus
     reasons = {
         "nccl": None if num_gpus else "NCCL connects GPUs, and TensorFlow sees none",
         "ring": None if strategy == "multi_worker" else "the ring connects workers; needs --strategy=multi_worker",
@@ -97,6 +98,9 @@ def _check_all_reduce(all_reduce: str, strategy: str, num_gpus: int) -> None:
     }  # fmt: skip
     if strategy == "one_device" and all_reduce != "auto":
         raise RequestError(f"--all_reduce={all_reduce}: one device has nothing to reduce with; use auto")
+    # TensorFlow 2.21's aggregate_gradients_using_hierarchical_copy makes two groups of n // 2, and leaves the last one out.
+    if all_reduce == "hierarchical_copy" and num_devices % 2:
+        reasons[all_reduce] = f"adds up two halves of the GPUs, and {num_devices} have none: use nccl, or an even number"
     if reason := reasons.get(all_reduce):
         raise RequestError(f"--all_reduce={all_reduce}: {reason}")
 

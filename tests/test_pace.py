@@ -1,0 +1,49 @@
+"""Calls of the training loop that would be too long for signals and deadlines."""
+
+import numpy as np
+import pytest
+
+from trainer.pace import Pace
+from trainer.presets import from_preset
+
+NAN = np.full(50, np.nan)
+
+
+def pace(**options: object) -> Pace:
+    return Pace(from_preset("default", {"steps_per_loop": 50, "grace_period": 30, "step_timeout": 600, **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "step_secs", "call_secs", "compiled", "steps"),
+    [
+        ({}, np.full(50, 0.29), 14.5, False, 50),
+        ({}, np.full(50, 0.31), 15.5, False, 25),
+        ({}, np.full(50, 12.0), 600, True, 1),
+        ({"grace_period": 1000}, np.full(50, 12.0), 600, True, 25),
+        ({"grace_period": 1000, "step_timeout": 0}, np.full(50, 12.0), 600, True, 25),
+        ({"grace_period": 1000}, np.full(50, 1.0), 50 * 0.3, False, 50),  # Their share of a call counts, in whatever unit.
+        ({}, np.array([40.0] + [0.1] * 49), 44.9, True, 50),  # It was compiled.
+        ({}, np.array([40.0, 0.1]), 40.1, True, 50),
+        ({}, NAN, 60, True, 50),
+        ({}, NAN, 60, False, 10),
+        ({"steps_per_loop": 7}, np.full(7, 3.0), 21, False, 1),
+    ],
+)
+def test_a_call_takes_half_of_the_shortest_limit(
+    options: dict, step_secs: np.ndarray, call_secs: float, compiled: bool, steps: int
+) -> None:
+    found = pace(**options)
+    found.agree(found.wish(step_secs, call_secs, compiled=compiled))
+    assert found.steps == steps
+
+
+def test_the_slowest_worker_decides_for_all_and_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "digitfleet")
+    quick, slow = pace(), pace(grace_period=3)
+    wishes = sum(one.wish(np.full(50, 0.2), 10, compiled=False) for one in (quick, slow, quick))
+    for one in (quick, slow):
+        one.agree(wishes)
+        assert one.steps == 5
+    assert "5 in a call, not --steps_per_loop=50, to stay within --grace_period=3 s" in caplog.text
+    quick.agree(quick.wish(np.full(50, 0.001), 0.05, compiled=False))
+    assert quick.steps == 5
