@@ -19,8 +19,9 @@ from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
 from trainer.dataset import Dataset, Part, split_validation
 from trainer.errors import Stopped
+from trainer.evaluations import make_evaluations
 from trainer.export import export, weights_sha256
-from trainer.loop import Evaluation, Loop, Work
+from trainer.loop import Loop, Work
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.plan import Plan, make_plan
@@ -31,7 +32,6 @@ from trainer.topology import Topology, choose_layout, configure_tensorflow, make
 from trainer.watch import Watch
 
 _log = logging.getLogger("digitfleet")
-_EVAL_BATCH_PER_REPLICA = 500
 _TROUBLE_SHOWS_WITHIN_SECS = 3.0
 
 
@@ -134,7 +134,7 @@ def _train(
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
-    evaluate = _evaluations(state.inference, topology, sum_over_workers, keep)
+    evaluate = make_evaluations(state.inference, topology, sum_over_workers, watch.go_on, keep)
     with storage.stop_when_full("the metrics", checkpoints.describe, tf.errors.OpError):
         recording = Recording(
             config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief, unvalidated=progress.unvalidated
@@ -243,23 +243,6 @@ def train_iterator(config: Config, examples: Part, first_step: int, topology: To
     """The global batches from `first_step` on, each worker's share of them."""
     dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed, config.data_service)
     return iter(topology.strategy.distribute_datasets_from_function(dataset_fn))
-
-
-def _evaluations(
-    model: keras.Model, topology: Topology, sum_over_workers: Callable[[tf.Tensor], tf.Tensor], keep: Callable[[object], None]
-) -> Callable[[Part], Evaluation]:
-    """A function that makes the evaluation of `model` on some examples; the graph is the same for all. `keep` as in `run`."""
-    eval_loop = steps.make_eval_loop(model, topology.strategy)
-
-    def make(examples: Part) -> Evaluation:
-        batch = loading.batch_size(examples.image_shape, _EVAL_BATCH_PER_REPLICA) * topology.num_replicas
-        num_batches = tf.constant(-(-len(examples) // batch), tf.int64)
-        # One for all times: whoever drops an iterator waits; see `tracing.untuned`.
-        batches = iter(topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch)))
-        keep(batches)
-        return lambda: np.asarray(sum_over_workers(eval_loop(batches, num_batches)))
-
-    return make
 
 
 def _result(

@@ -75,6 +75,10 @@ class Watch:
         self._allowed = self._step_timeout * (_FIRST_CALLS_FACTOR if compiles else 1)
         self._beat += 1
 
+    def go_on(self) -> None:
+        """Says that the job has moved, and does the same as before."""
+        self.feed(self._doing)
+
     def wait_for_trouble(self, seconds: float) -> str:
         """What has happened to the peers, or nothing: their end may show in TensorFlow a moment before it shows here."""
         with self._changed:
