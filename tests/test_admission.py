@@ -66,7 +66,7 @@ def test_clients_rate_is_limited_and_everybody_is_warned(finished: Path, tmp_pat
         assert "--max_requests_per_second" in json.loads(content)["error"]
         assert {server.ask("/healthz")[0] for _ in range(20)} == {200}, "probes are not counted"
         time.sleep(int(headers["Retry-After"]))
-        assert any(server.ask("/v1/models/digits.v2")[0] == 200 for _ in range(1000))
+        assert server.ask("/v1/models/digits.v2")[0] == 200
         assert server.end(signal.SIGINT) == 0
         assert len(server.stderr.read_text().splitlines()) == 1
     finally:

@@ -21,7 +21,9 @@ from trainer.agreement import Agreement
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
 from trainer.loop import Loop
+from trainer.optimizers import Schedule
 from trainer.ports import free_ports
+from trainer.presets import from_preset
 from trainer.signals import StopRequest
 from trainer.watch import Watch
 
@@ -216,7 +218,7 @@ def test_max_steps_ends_training_and_its_schedule(run_here, tmp_path: Path) -> N
     assert run_here(stop, max_steps=7)["steps"] == 7
     assert stop.trained
     last = lines_of(tmp_path / "run", "train")[-1]
-    assert last["learning_rate"] < 0.01
+    assert last["learning_rate"] == pytest.approx(float(Schedule(from_preset("fast", {}), 7)(6)), rel=1e-5)
 
 
 def test_loss_that_is_not_finite_names_step_and_checkpoint(run_here, tmp_path: Path) -> None:
@@ -300,8 +302,10 @@ def test_evaluation_in_parts_counts_every_example_and_feeds_the_watch(
         parts = run_here(max_steps=2)
     assert parts["test_examples"] == whole["test_examples"] == examples
     assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
-    # The validation set is a share of the training set: at the end of the epoch, and again with the test set.
-    assert fed.call_count >= -(-examples // 21)
+    assert len(lines_of(tmp_path / "run", "validation")) == 1
+    validation = round(0.2 * len(dataset.load(str(tiny_data)).train))
+    # At the last step, and once more with the test set, for the result.
+    assert fed.call_count == -(-examples // 21) + 2 * -(-validation // 21)
 
 
 def test_slow_steps_are_done_fewer_at_a_time(run_here, tmp_path: Path, caplog) -> None:

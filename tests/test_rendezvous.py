@@ -106,7 +106,7 @@ def test_stranger_on_a_peers_port_is_not_taken_for_the_peer(meet: Callable) -> N
                 connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
                 connection.close()
 
-        thread = threading.Thread(target=talk)
+        thread = threading.Thread(target=talk, daemon=True)
         thread.start()
         with pytest.raises(Stopped, match="something answers that is no digitfleet worker"):
             meet([own, other], 0, timeout=2).result(20)
@@ -184,13 +184,17 @@ def test_signal_ends_the_wait(meet: Callable) -> None:
         waiting.result(20)
 
 
-def test_peer_that_leaves_before_all_have_met_is_met_anew(meet: Callable) -> None:
+def test_peer_that_leaves_before_all_have_met_is_met_anew(meet: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     workers = addresses(3)
-    first = meet(workers, 0)
-    leaving = StopRequest()
-    second = meet(workers, 1, stop=leaving)
-    # It has met worker 0 and waits for worker 2, as worker 0 does, when it is stopped.
-    leaving.set("SIGTERM")
+    leaving, go_on = StopRequest(), waiting.Waiting.go_on
+
+    def leave_when_met(self: waiting.Waiting, missing: list[str], pause: float) -> None:
+        if self._stop is leaving and len(missing) == 1 and missing[0].startswith("worker 2"):
+            leaving.set("SIGTERM")
+        go_on(self, missing, pause)
+
+    monkeypatch.setattr(waiting.Waiting, "go_on", leave_when_met)
+    first, second = meet(workers, 0), meet(workers, 1, stop=leaving)
     with pytest.raises(Stopped):
         second.result(20)
     again, third = meet(workers, 1), meet(workers, 2)

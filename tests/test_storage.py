@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -141,16 +142,19 @@ def test_token_of_another_worker_is_found_in_the_same_folder_and_nowhere_else(
 
 def test_folder_that_a_lost_worker_still_holds_is_waited_for(tmp_path: Path) -> None:
     """Another process, because a lock is one's own within a process; it lets go when it ends."""
-    hold = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(1)"
-    )
-    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as holder:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin
         assert holder.stdout
         holder.stdout.readline()
         with pytest.raises(Stopped, match=r"another job is writing there, still after 0\.01 s"):
             storage.exclusive(tmp_path, needed=True, patience=0.01).__enter__()
+        release = threading.Timer(0.7, holder.stdin.close)
+        release.start()
         with storage.exclusive(tmp_path, needed=True, patience=60):
-            assert holder.wait(10) == 0
+            assert release.finished.is_set(), "the holder has not been waited for"
+        release.join()
 
 
 def test_patience_is_for_schedulers_that_start_workers_elsewhere() -> None:

@@ -283,12 +283,12 @@ def test_last_report_of_a_search_stays(search_in, runner, monkeypatch) -> None:
     monkeypatch.setattr(winner.evaluate, "evaluate", lambda *_: {"test_accuracy": 0.9, "test_loss": 0.1, "test_examples": 7})
     search = search_in(0.5)
     runner(search).run(parallel=1)
-    drawing, ended = [], []
+    drawing, ended, found, may_go_on = [], [], [], threading.Event()
     write = search_report.write
 
     def slowly(search: Search, result: dict[str, Any] | None) -> None:
         drawing.append(result)
-        time.sleep(0.3)
+        assert result or may_go_on.wait(20)
         write(search, result)
         ended.append(result)
 
@@ -297,10 +297,16 @@ def test_last_report_of_a_search_stays(search_in, runner, monkeypatch) -> None:
     earlier.start()
     while not drawing:
         time.sleep(0.01)
-    result = winner.result_of(search)
+    last = threading.Thread(target=lambda: found.append(winner.result_of(search)))
+    last.start()
+    last.join(1.5)
+    assert drawing == [None]
+    may_go_on.set()
     earlier.join(20)
+    last.join(20)
     winner.update_report(search)
-    assert drawing == ended == [None, result]
+    assert drawing == ended == [None, *found]
+    assert len(found) == 1
 
 
 def test_shares_of_the_variance_are_those_of_the_options() -> None:

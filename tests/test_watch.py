@@ -77,7 +77,7 @@ def beat(peer: Peer, over: threading.Event, message: dict[str, Any]) -> threadin
         while not over.wait(0.01):
             peer.say(message)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
@@ -128,20 +128,24 @@ def test_process_that_stood_still_itself_blames_nobody(pair: tuple[Peer, Peer], 
 
 def test_workers_end_together(pair: tuple[Peer, Peer]) -> None:
     early, late = Watch([pair[0]], 600), Watch([pair[1]], 600)
-    order: list[str] = []
+    ended = threading.Event()
 
     def finish() -> None:
         with early:
             early.end_together()
-            order.append("early")
+            ended.set()
 
     with late:
-        thread = threading.Thread(target=finish)
+        thread = threading.Thread(target=finish, daemon=True)
         thread.start()
-        order.append("late")
+        # The other is there, and says so; nobody has answered.
+        late_peer = pair[1]
+        with late._changed:
+            assert late._changed.wait_for(lambda: late_peer.done, 20)
+        assert not ended.wait(0.3)
         late.end_together()
+    assert ended.wait(10)
     thread.join(10)
-    assert order == ["late", "early"]
     assert not early.trouble
     assert not late.trouble
 

@@ -97,6 +97,10 @@ def _fit(gray: tf.Tensor, height: int, width: int) -> tf.Tensor:
     size = tf.cast(tf.shape(digit), tf.float32)
     new_size = tf.cast(tf.maximum(tf.round(size * tf.reduce_min(box / size)), 1), tf.int32)
     digit = tf.clip_by_value(tf.image.resize(digit[..., tf.newaxis], new_size, antialias=True)[..., 0], 0, 255)
+    # Paper that is not quite white, in the shade or in noise, is black as MNIST's: the network knows no other.
+    paper = tf.sort(tf.boolean_mask(digit, digit < _INK))
+    level = tf.cond(tf.size(paper) > 0, lambda: paper[tf.size(paper) // 2], lambda: 0.0)
+    digit = tf.maximum(digit - level, 0) * 255 / (255 - level)
     # Into the middle by centre of mass, but never over the edge.
     rows, columns = tf.range(new_size[0], dtype=tf.float32), tf.range(new_size[1], dtype=tf.float32)
     mass = tf.maximum(tf.reduce_sum(digit), 1e-6)

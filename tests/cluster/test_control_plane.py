@@ -93,8 +93,8 @@ def test_trial_that_cannot_be_does_not_end_the_others(namespace: Namespace) -> N
     namespace.end_pod(trials[0], 2)
     namespace.end_pod(trials[1], 0)
     wait_for(lambda: namespace.report("lr")["done"] == 1)
-    job = json.loads(namespace.kubectl("get", "job", "lr", "--output=json"))
     wait_for(lambda: json.loads(namespace.kubectl("get", "job", "lr", "--output=json"))["status"].get("failedIndexes"))
+    job = json.loads(namespace.kubectl("get", "job", "lr", "--output=json"))
     assert not [one for one in job["status"].get("conditions", []) if one["type"] == "Failed"]
 
 

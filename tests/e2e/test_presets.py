@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,28 @@ def test_default_reaches_its_accuracy_within_time_and_memory(tmp_path: Path) -> 
 def test_articles_networks_reach_their_accuracy(preset: str, accuracy: float, tmp_path: Path) -> None:
     """A single seed, so below the mean that the README gives."""
     assert train(tmp_path / "run", f"--preset={preset}")["test_accuracy"] >= accuracy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "best", "augment": "elastic", "max_steps": 12},
+        {"model": "examples.resnet:build", "augment": "affine"},
+        {"strategy": "mirrored", "num_devices": 2, "jit_compile": True, "sync_batch_norm": False},
+    ],
+    ids=["best", "README's own network", "XLA"],
+)
+def test_whole_jobs_stop_and_go_on(options: dict, start_job) -> None:
+    """Those that no other test runs to the end."""
+    job = start_job(**options, epochs=3, checkpoint_every_steps=5)
+    job.wait_for(lambda: job.step() >= 5, "step 5")
+    job.process.send_signal(signal.SIGTERM)
+    if job.wait() == 75:  # Else it was trained by then.
+        result = start_job(**options, epochs=3, checkpoint_every_steps=5).finish()
+        assert result["restarts"] == 1
+    result = json.loads((job.model_dir / "result.json").read_text())
+    assert result["test_accuracy"] > 0.2
+    assert (job.model_dir / "export" / "saved_model.pb").exists()
 
 
 def test_first_step_comes_soon_after_tensorflows_import(tmp_path: Path) -> None:
