@@ -63,12 +63,16 @@ def test_exit_code_stands_where_stderr_cannot_be_written(at_once: bool) -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_output_that_nobody_can_read_is_told(at_once: bool) -> None:
+def test_output_that_nobody_can_read_is_told(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     script = f"from trainer import cli\ncli.run('test', lambda _: cli.show('a'), at_once={at_once})\n"
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # With it, nothing is left to be written at the end.
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "test: what is printed cannot be written: No space left on device\n")
+        assert (done.returncode, done.stderr) == (2, "test: what is printed cannot be written: No space left on device\n")
+        helped = subprocess.run([*command[:-1], "import sys; sys.argv.append('--help'); " + script], cwd=ROOT, stdout=full,
+                                stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+        assert (helped.returncode, helped.stderr) == (1, "")
 
 
 def test_grace_period_ends_a_process_whose_stderr_cannot_be_written() -> None:

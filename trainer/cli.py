@@ -47,7 +47,7 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
         sys.exit(error.exit_code)
     except SystemExit as error:
         # absl ends --help with 1, although nothing is wrong.
-        sys.exit(EXIT_FINISHED if error.code == 1 else error.code)
+        _exit(EXIT_FINISHED if error.code == 1 else int(error.code or EXIT_FINISHED), at_once=False)
     _log_plainly(program)
     try:
         main(positional)
@@ -132,13 +132,16 @@ def _tell(program: str, error: JobError) -> None:
 
 
 def _exit(code: int, at_once: bool) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What was to be shown is a part of what was asked for.
+        code = code or EXIT_DEFECT
+        # Python would try again at its end, and exit with 120: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if at_once:
         standard_logging.shutdown()
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            # What was to be shown is a part of what was asked for.
-            code = code or EXIT_DEFECT
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
         os._exit(code)
