@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, arguments
+from conftest import ROOT, TINY, arguments, children_of
 
 from launch import chaos, isolation
 from launch.arguments import task_config
@@ -265,14 +265,16 @@ def test_workers_of_the_launcher_are_isolated_unless_asked_otherwise(tiny_data: 
     for flag, isolated in (("--isolate", True), ("--noisolate", False)):
         task = arguments({**TINY, "data_dir": tiny_data, "model_dir": tmp_path / flag, "epochs": 1000})
         command = [sys.executable, "-m", "launch.local", "--num_workers=1", flag, "--", *task]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
-            assert launcher.stderr
-            while "steps of" not in launcher.stderr.readline():
-                assert launcher.poll() is None
-            (worker,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-            own, theirs = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (os.getpid(), worker))
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+            workers, deadline = [], time.monotonic() + 60
+            while not workers:
+                assert time.monotonic() < deadline
+                # The child that tries isolation first is none.
+                workers = [pid for pid, line in children_of(launcher.pid).items() if " -m trainer.task " in line]
+                time.sleep(0.02)
+            own, theirs = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (os.getpid(), workers[0]))
             launcher.send_signal(signal.SIGTERM)
-            launcher.communicate(timeout=60)
+            launcher.wait(60)
         assert (own != theirs) == isolated
 
 
