@@ -24,6 +24,7 @@ def pace(**options: object) -> Pace:
         ({"grace_period": 1000}, np.full(50, 1.0), 50 * 0.3, False, 50),  # Their share of a call counts, in whatever unit.
         ({}, np.array([40.0] + [0.1] * 49), 44.9, True, 50),  # It was compiled.
         ({}, np.array([40.0, 0.1]), 40.1, True, 50),
+        ({}, np.array([4.0, 0.6, 0.6]), 5.2, True, 50),
         ({}, NAN, 60, True, 50),
         ({}, NAN, 60, False, 10),
         ({"steps_per_loop": 7}, np.full(7, 3.0), 21, False, 1),
@@ -35,6 +36,15 @@ def test_a_call_takes_half_of_the_shortest_limit(
     found = pace(**options)
     found.agree(found.wish(step_secs, call_secs, compiled=compiled))
     assert found.steps == steps
+
+
+def test_a_step_that_is_longer_than_the_limit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = pace(grace_period=1)
+    for _ in range(2):
+        found.wish(np.full(5, 4.5), 22.5, compiled=False)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "a step takes about 4.5 s, more than --grace_period=1 s: give a larger one"
+    ]
 
 
 def test_the_slowest_worker_decides_for_all_and_for_good(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,8 @@ WRONG = {
     "another size": ({"inputs": np.zeros((2, 28, 27, 1)).tolist()}, "this has [2, 28, 27, 1]"),
     "rows of two sizes": ({"instances": [BLANK, BLANK[:27]]}, "must be of one length"),
     "NaN": ({"instances": np.full((1, 28, 28, 1), np.nan).tolist()}, "NaN and infinite"),
+    "negative pixels": ({"instances": np.full((1, 28, 28, 1), -255.0).tolist()}, "these go from -255 to -255"),
+    "no pixels": ({"instances": np.full((1, 28, 28, 1), 1e15).tolist()}, "expected pixels from 0 to 255, or from 0 to 1"),
     "too large for float32": ({"instances": np.full((1, 28, 28, 1), 1e39).tolist()}, "NaN and infinite"),
     "text": ({"instances": [[[["a"]] * 28] * 28]}, "expected numbers alone"),
     "null": ({"instances": [[[[None]] * 28] * 28]}, "expected numbers alone"),
@@ -200,8 +202,8 @@ def test_wrong_request_is_told_in_one_line(kind: str, server: Server) -> None:
 def test_a_network_that_overflows_is_told(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier(str(finished))
     monkeypatch.setattr(classifier, "_run", lambda *_: {"probabilities": np.full((1, 10), np.nan, np.float32)})
-    with pytest.raises(RequestError, match="the network overflows with these numbers"):
-        classifier.run("serving_default", np.full((1, 28, 28, 1), 3e38, np.float32))
+    with pytest.raises(RequestError, match="no finite numbers"):
+        classifier.run("serving_default", np.full((1, 28, 28, 1), 255, np.float32))
 
 
 def test_wrong_files_are_told_by_name(server: Server) -> None:

@@ -11,6 +11,8 @@ from trainer import exported, images, loading
 from trainer.errors import RequestError
 
 _BATCH = 32
+# Scaled pixels may be that much off.
+_SLACK = 1.0
 
 
 class Classifier:
@@ -75,9 +77,13 @@ class Classifier:
         """The outputs of a signature for a tensor that fits `input_of`, by name.
 
         Raises:
-            RequestError: the model cannot use it: bytes that are no picture, or numbers so large that it overflows.
+            RequestError: the model cannot use it: bytes that are no picture, or numbers that are no pixels.
         """
         name, _, _ = self.input_of(signature)
+        if inputs.dtype.kind == "f" and not (inputs.min() >= -_SLACK and inputs.max() <= 255 + _SLACK):
+            raise RequestError(
+                f"{name}: expected pixels from 0 to 255, or from 0 to 1; these go from {inputs.min():g} to {inputs.max():g}"
+            )
         size = loading.batch_size(self.model.input_shape, _BATCH)
         # Small files may become large images, and these thousands of features.
         parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
@@ -88,7 +94,7 @@ class Classifier:
         outputs = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
         # JSON has no NaN, and a NaN would be the first class.
         if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in outputs.values()):
-            raise RequestError(f"{name}: the network overflows with these numbers: expected pixels from 0 to 255")
+            raise RequestError(f"{name}: the network gives no finite numbers for these pixels")
         return outputs
 
     def _run(self, signature: str, name: str, given: tf.Tensor) -> dict[str, np.ndarray]:

@@ -103,7 +103,8 @@ def print_result(result: dict[str, Any], model_dir: str) -> None:
         table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")
     table.add_row("training", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['train_seconds']:.1f} s")
     table.add_row("speed", f"{result['images_per_second']:.0f} images/s on {result['num_replicas']} x {result['strategy']}")
-    table.add_row("model", escape(f"{model_dir}/export, {model_dir}/model.keras"))
+    found = [path for path in (f"{model_dir}/export", f"{model_dir}/model.keras") if Path(path).exists()]
+    table.add_row("model", escape(", ".join(found) or "removed; without result.json, the same command exports it again"))
     if (Path(model_dir) / "report.html").exists():
         table.add_row("report", escape(f"{model_dir}/report.html"))
     say_table(table)

@@ -193,8 +193,9 @@ def _in_memory(data_dir: str, split: Split, image_size: tuple[int, int] | None) 
     found = split.images.read(range(len(split)))
     first = _readable(next(found), image_size)
     if math.prod(first.shape) * len(split) > MEMORY_BYTES:
+        size = f"{first.shape[0]}x{first.shape[1]}"
         raise RequestError(
-            f"{data_dir}: {len(split)} images of {first.shape[0]}x{first.shape[1]} pixels are too many to read all at the start: "
+            f"{data_dir or '--image_size=' + size}: {len(split)} images of {size} pixels are too many to read all at the start: "
             "convert them once with trainer.prepare, or give a smaller --image_size"
         )
     pixels = np.empty((len(split), *first.shape), np.uint8)

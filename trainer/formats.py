@@ -168,7 +168,9 @@ def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -
     if not labels.ndim or not labels.size:
         raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
     labels = labels.reshape(len(labels), -1)
-    if labels.shape[1] != 1 or labels.dtype.kind not in "iu" or labels.min() < 0:
+    if labels.dtype.kind in "iu" and labels.min() < 0:
+        raise RequestError(f"{path}: y_{split} has the label {labels.min()}; expected numbers of classes, from 0 on")
+    if labels.shape[1] != 1 or labels.dtype.kind not in "iu":
         raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
     if len(labels) != len(images):
         raise RequestError(f"{path}: {len(labels)} labels in y_{split} for the {len(images)} images of x_{split}")

@@ -130,6 +130,8 @@ def _train(
         _log.info("training ended at step %d before; its weights are still to be evaluated and exported", progress.step)
     elif progress.step:
         _log.info("going on from step %d", progress.step)
+    elif restarts:
+        _log.warning("%s has no checkpoint of the start before: beginning again at step 0", model_dir)
     watch.feed("timing what the replicas exchange", compiles=True)
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"

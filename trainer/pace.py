@@ -10,7 +10,8 @@ from trainer.config import Config
 _log = logging.getLogger("digitfleet")
 # Of --grace_period and --step_timeout, for a call; the rest is for saving, and for steps that are slower than most.
 _SHARE_OF_LIMIT = 0.5
-_ENOUGH_STEPS = 3
+# Of a call that has compiled, whose other steps may be slow for that, and of others.
+_ENOUGH_STEPS = {True: 10, False: 3}
 
 
 class Pace:
@@ -25,6 +26,7 @@ class Pace:
         small = [number for number in range(1, math.isqrt(self._asked) + 1) if self._asked % number == 0]
         self._choices = sorted({*small, *(self._asked // number for number in small)})
         limits = {"step_timeout": config.step_timeout, "grace_period": config.grace_period}
+        self._told = False
         self._limit, self._name = min((seconds, name) for name, seconds in limits.items() if seconds)
 
     def wish(self, step_secs: np.ndarray, call_secs: float, *, compiled: bool) -> np.ndarray:
@@ -36,10 +38,14 @@ class Pace:
             compiled: whether the first of them was compiled.
         """
         total, usual = step_secs.sum(), 0.0
-        if total > 0 and len(step_secs) >= _ENOUGH_STEPS:  # One that was compiled, or waited for a disk, does not count.
+        # One that was compiled, or waited for a disk, does not count.
+        if total > 0 and len(step_secs) >= _ENOUGH_STEPS[compiled]:
             usual = call_secs * np.median(step_secs) / total
         elif np.isnan(total) and not compiled:
             usual = call_secs / len(step_secs)
+        if usual > self._limit and not self._told:
+            self._told = True
+            _log.warning("a step takes about %.2g s, more than --%s=%g s: give a larger one", usual, self._name, self._limit)
         fitting = [steps for steps in self._choices if steps * usual <= self._limit * _SHARE_OF_LIMIT]
         places = np.zeros(len(self._choices))
         places[max(len(fitting) - 1, 0)] = 1

@@ -146,4 +146,4 @@ class Watch:
         if behind:
             waits_for = ", ".join(f"{peer.name}, which is {peer.doing}" for peer in behind)
             return f"nothing has moved for {self._allowed:g} s ({flag}): waiting for {waits_for}"
-        return f"nothing has moved for {self._allowed:g} s ({flag}) while {self._doing}"
+        return f"nothing has moved for {self._allowed:g} s ({flag}) while {self._doing}: give a larger one if that takes so long"
