@@ -180,11 +180,17 @@ def test_digitfleet_takes_turns_as_a_whole_job() -> None:
     assert (len(first.rates), len(second.rates)) == (2, 2)
 
 
-def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture) -> None:
+def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = {"test_accuracy": 0.9912, "test_examples": 10_000, "validation_accuracy": None, "steps": 469, "epochs": 2,
+              "train_seconds": 12.3, "images_per_second": 9876.5, "num_replicas": 1, "strategy": "x"}  # fmt: skip
+    print_result(result, "run[/1]")
+    assert "model          removed;" in capsys.readouterr().out
+    Path("run[/1]/export").mkdir(parents=True)
+    Path("run[/1]/model.keras").touch()
     writer = ConsoleWriter(469, 0)
     writer.write({"step": 469, "epoch": 2.0, "split": "test", "loss": 0.03, "accuracy": 0.9912})
-    print_result({"test_accuracy": 0.9912, "test_examples": 10_000, "validation_accuracy": None, "steps": 469, "epochs": 2,
-                  "train_seconds": 12.3, "images_per_second": 9876.5, "num_replicas": 1, "strategy": "x"}, "run[/1]")  # fmt: skip
+    print_result(result, "run[/1]")
     out = capsys.readouterr().out
     assert "run[/1]/export, run[/1]/model.keras" in out
     lines = [(0.5, line) for line in out.splitlines()]
