@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 
-from trainer import dataset, evaluate, evaluations, job
+from trainer import dataset, evaluate, job
 from trainer.agreement import Agreement
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
@@ -25,7 +25,6 @@ from trainer.optimizers import Schedule
 from trainer.ports import free_ports
 from trainer.presets import from_preset
 from trainer.signals import StopRequest
-from trainer.watch import Watch
 
 RESULT_FIELDS = """
 test_accuracy test_loss test_examples skipped_examples validation_accuracy steps epochs train_seconds images_per_second
@@ -289,30 +288,6 @@ def test_averaged_weights_are_what_is_evaluated_and_survive_a_restart(run_here, 
     assert [(len(call.args[1]), call.args[2]) for call in check.call_args_list] == [(1, 5)]
     again = run_here(ema_decay=0.9)
     assert again["weights_sha256"] == whole["weights_sha256"]
-
-
-def test_evaluation_in_parts_counts_every_example_and_feeds_the_watch(
-    run_here, tiny_data: Path, tmp_path: Path, monkeypatch
-) -> None:
-    examples = len(dataset.load(str(tiny_data)).test)
-    whole = run_here(max_steps=2, model_dir=str(tmp_path / "whole"))
-    monkeypatch.setattr(evaluations, "_BATCH_PER_REPLICA", 7)
-    monkeypatch.setattr(evaluations, "_BATCHES_PER_CALL", 3)
-    with patch.object(Watch, "go_on", autospec=True, side_effect=Watch.go_on) as fed:
-        parts = run_here(max_steps=2)
-    assert parts["test_examples"] == whole["test_examples"] == examples
-    assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
-    assert len(lines_of(tmp_path / "run", "validation")) == 1
-    validation = round(0.2 * len(dataset.load(str(tiny_data)).train))
-    # At the last step, and once more with the test set, for the result.
-    assert fed.call_count == -(-examples // 21) + 2 * -(-validation // 21)
-
-
-def test_slow_steps_are_done_fewer_at_a_time(run_here, tmp_path: Path, caplog) -> None:
-    caplog.set_level("INFO", "digitfleet")
-    run_here(max_steps=15, steps_per_loop=6, checkpoint_every_steps=100, grace_period=1e-4)
-    assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [6, 12, 13, 14, 15]
-    assert caplog.text.count("steps are slow: from now on 1 in a call, not --steps_per_loop=6") == 1
 
 
 def test_validation_never_delays_a_stop_and_is_done_by_the_next_start(run_here, tmp_path: Path, monkeypatch, caplog) -> None:

@@ -1,7 +1,10 @@
 """Calls of the training loop that would be too long for signals and deadlines."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import lines_of
 
 from trainer.pace import Pace
 from trainer.presets import from_preset
@@ -57,3 +60,10 @@ def test_the_slowest_worker_decides_for_all_and_for_good(caplog: pytest.LogCaptu
     assert "5 in a call, not --steps_per_loop=50, to stay within --grace_period=3 s" in caplog.text
     quick.agree(quick.wish(np.full(50, 0.001), 0.05, compiled=False))
     assert quick.steps == 5
+
+
+def test_slow_steps_are_done_fewer_at_a_time(run_here, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", "digitfleet")
+    run_here(max_steps=15, steps_per_loop=6, checkpoint_every_steps=100, grace_period=1e-4)
+    assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [6, 12, 13, 14, 15]
+    assert caplog.text.count("steps are slow: from now on 1 in a call, not --steps_per_loop=6") == 1
