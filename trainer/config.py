@@ -89,7 +89,7 @@ class Config:
     )
     steps_per_loop: int = option(
         50,
-        "Steps inside one tf.function call; between calls the job logs, saves and reacts to signals.",
+        "Steps in one tf.function call, fewer where they are slow; between calls the job logs, saves and reacts to signals.",
         at_least=1,
         result=False,
     )
