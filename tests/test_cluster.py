@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock, Semaphore
 from typing import Any
 
 import pytest
@@ -194,6 +195,36 @@ def test_rank_of_a_closed_network_is_found_by_its_name(monkeypatch: pytest.Monke
     assert ranks._own_host() == "127.0.0.1"
 
 
+@pytest.mark.parametrize("twice", [0, 1])
+def test_rank_that_two_processes_have_is_named(twice: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, write_json, one_by_one = Semaphore(0), ranks.storage.write_json, Lock()
+
+    def write_and_tell(path: Path, value: Any) -> None:
+        # Two threads have the name of a file that is being written in common.
+        with one_by_one:
+            write_json(path, value)
+        if path.name == f"{twice}.json":
+            written.release()
+
+    def meet(rank: int) -> str:
+        try:
+            return str(with_addresses(Cluster("PMI", ("?:?",) * 3, rank), tmp_path, 20, StopRequest()).index)
+        except RequestError as error:
+            return str(error)
+
+    monkeypatch.setattr(ranks.storage, "write_json", write_and_tell)
+    with ThreadPoolExecutor(4) as pool:
+        chief = [pool.submit(meet, 0)] if twice else []
+        both = pool.submit(meet, twice), pool.submit(meet, twice)
+        # Who comes after the others have met cannot tell their list from one that an earlier launch has left.
+        assert all(written.acquire(timeout=10) for _ in both)
+        others = [*chief, *(pool.submit(meet, rank) for rank in range(1, 3) if rank != twice)]
+        found = sorted(one.result() for one in both)
+        assert found[0] == str(twice)
+        assert found[1].startswith(f"rank {twice} (PMI): another process meets the others in {tmp_path}")
+        assert sorted(int(one.result()) for one in others) == [rank for rank in range(3) if rank != twice]
+
+
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
 def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: str, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match=f"--rendezvous_timeout=1 s: {missing}"):
@@ -204,7 +235,7 @@ def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: st
     ("environment", "words"),
     [
         ({"TF_CONFIG": "{"}, "not understood"),
-        ({"TF_CONFIG": "[]"}, "not understood"),
+        ({"TF_CONFIG": "[]"}, "not understood (TypeError: [] is no object)"),
         (tf_config({"worker": WORKERS}, index=3), "index 3 is out of range"),
         (tf_config({"worker": WORKERS}, index=-1), "index -1 is out of range"),
         (tf_config({"worker": WORKERS}, kind="chief"), "'chief' is not in the cluster"),

@@ -87,7 +87,7 @@ def test_picture_in_no_class_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     write(tmp_path / "train" / "__MACOSX" / "0")
     write(tmp_path / "train" / "loose")
     assert sizes(tmp_path) == {"train": 2, "test": 2}
-    assert "1 pictures are in no class's folder, and are not read: loose.png" in caplog.text
+    assert "pictures in no class's folder are not read: 1, loose.png" in caplog.text
 
 
 def test_picture_of_a_csv_is_in_one_set_and_one_class(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from trainer.errors import RequestError
 from trainer.plan import make_plan
 from trainer.presets import from_preset
 
@@ -20,3 +21,10 @@ from trainer.presets import from_preset
 def test_epochs_may_be_parts_of_one(epochs: float, num_examples: int, batch: int, steps: int) -> None:
     config = from_preset("default", {"epochs": epochs, "global_batch_size": batch})
     assert make_plan(config, num_examples, 1).total_steps == steps
+
+
+def test_warm_up_that_training_would_not_outlast_is_refused_unless_a_trial_is_cut_short() -> None:
+    options = {"epochs": 1.0, "global_batch_size": 100, "warmup_steps": 600}
+    with pytest.raises(RequestError, match="--warmup_steps=600: training ends at step 600"):
+        make_plan(from_preset("default", options), 60_000, 1)
+    assert make_plan(from_preset("default", {**options, "max_steps": 20, "warmup_steps": 599}), 60_000, 1).total_steps == 20

@@ -102,7 +102,7 @@ def _list_classes(root: Path, class_names: list[str]) -> list[tuple[Path, str]]:
         raise RequestError(f"{root / others[0]}: a class that has no folder in the training set")
     listed, kinds = [], Counter[str]()
     if loose := [path for path in root.iterdir() if path.suffix.lower() in pictures.SUFFIXES and not _is_hidden(path.name)]:
-        _log.warning("%s: %d pictures are in no class's folder, and are not read: %s, ...", root, len(loose), min(loose).name)
+        _log.warning("%s: pictures in no class's folder are not read: %d, %s ...", root, len(loose), min(loose).name)
     for name in class_names:
         files = _files_below(root / name) if root.joinpath(name).is_dir() else []
         _refuse_lost(files)

@@ -56,8 +56,8 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     """The plan of a job.
 
     Raises:
-        RequestError: the global batch does not divide, or is larger than the training set; or training ends before the steps that
-            are to be profiled.
+        RequestError: the global batch does not divide, or is larger than the training set; or training ends within the
+            warm-up, or before the steps that are to be profiled.
     """
     batch = config.global_batch_size
     parts = num_replicas * config.gradient_accumulation_steps
@@ -69,6 +69,11 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     if batch > num_examples:
         raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples")
     steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)
+    if config.warmup_steps >= steps:
+        raise RequestError(
+            f"--warmup_steps={config.warmup_steps}: training ends at step {steps}, before the learning rate is warm: give fewer"
+        )
+    # May well end within the warm-up: to try out how a job begins.
     if config.max_steps:
         steps = min(steps, config.max_steps)
     if config.profile_range and config.profile_range[0] > steps:

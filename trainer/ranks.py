@@ -32,7 +32,7 @@ def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: Stop
         stop: ends the wait.
 
     Raises:
-        RequestError: the folder cannot be written.
+        RequestError: the folder cannot be written, or another process has this one's rank.
         Stopped: the deadline has passed, or a signal asked for it.
     """
     if cluster.knows_hosts:
@@ -78,7 +78,10 @@ def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop
         storage.write_json(folder / "0.json", {"token": own})
     answered = ""
     while True:
+        chief = storage.read_json(folder / "0.json") or {}
         if cluster.is_chief:
+            if chief.get("token") != own:
+                raise _taken(cluster, folder)
             answers = {rank: storage.read_json(folder / f"{rank}.json") or {} for rank in range(1, size)}
             missing = [rank for rank, answer in answers.items() if answer.get("token") != own]
             if not missing:
@@ -87,10 +90,20 @@ def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop
                 storage.write_json(folder / "0.json", {"token": own, "workers": workers, "tokens": tokens})
                 return workers
         else:
-            chief, missing = storage.read_json(folder / "0.json") or {}, [0]
+            missing = [0]
             if own in chief.get("tokens", ()):
                 return list(chief["workers"])
-            if chief.get("token") and chief["token"] != answered:
+            # A list of an earlier launch was not answered.
+            if "tokens" in chief and chief["token"] == answered:
+                raise _taken(cluster, folder)
+            if "token" in chief and "tokens" not in chief and chief["token"] != answered:
                 answered = chief["token"]
                 storage.write_json(folder / f"{cluster.index}.json", {"token": answered, "own": own, "address": address})
         waiting.go_on([f"rank {rank}" for rank in missing], _LOOK_EVERY_SECS)
+
+
+def _taken(cluster: Cluster, folder: Path) -> RequestError:
+    return RequestError(
+        f"rank {cluster.index} ({cluster.source}): another process meets the others in {folder} as this rank: number the "
+        "processes anew, or end an earlier launch that still runs"
+    )

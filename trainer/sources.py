@@ -49,7 +49,9 @@ def from_tf_config(environment: Environment) -> Cluster | None:
         return None
     try:
         config = json.loads(text)
-        if config == {}:
+        if not isinstance(config, dict):
+            raise TypeError(f"{text} is no object")
+        if not config:
             return Cluster("TF_CONFIG")
         tasks: dict[str, Any] = config.get("cluster") or {}
         task_type, task_index = (config["task"][key] for key in ("type", "index")) if tasks else ("worker", 0)
