@@ -1,4 +1,5 @@
 # Everything here starts from a fresh clone: the virtual environment is made when it is missing or setup.py has changed.
+COMMA := ,
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -7,6 +8,9 @@ IMAGE ?= build/image
 # Processes of `make test`; each takes up to 3 GB.
 JOBS ?= 2
 INSTALLED := $(VENV)/.installed
+# What a driver makes for each GPU; TensorFlow needs its CUDA libraries then.
+NVIDIA ?= $(wildcard /dev/nvidia[0-9]*)
+EXTRAS := $(if $(NVIDIA),gpu$(COMMA))dev
 
 .PHONY: train test test-e2e test-browser test-container test-cluster test-control-plane test-story lint format clean
 
@@ -47,8 +51,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(INSTALLED): setup.py pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("digitfleet needs Python 3.10 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "digitfleet needs Python 3.10 to 3.13: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@

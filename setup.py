@@ -42,7 +42,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0 AND CC-BY-SA-3.0",  # The second: the MNIST files, which the package holds.
     license_files=["LICENSE", "trainer/mnist/LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",  # Those that TensorFlow 2.21 has wheels for.
     # The manifests stand beside the code in the repository, and inside of launch where they are installed (launch/manifests.py).
     packages=["trainer", "launch", "launch.kustomize"],
     package_dir={"launch.kustomize": "k8s"},

@@ -47,8 +47,9 @@ def _define(values: flags.FlagValues, command: str) -> None:
         flags.DEFINE_string("image", "", "Image of the job, as the cluster's nodes pull it. Empty: the overlay's.", **own)
         flags.DEFINE_integer("workers", None, "Pods; of a sweep, trials at a time. Unset: the overlay's.", lower_bound=1, **own)
         flags.DEFINE_integer("gpus_per_worker", None, "GPUs of each pod. Unset: the overlay's.", lower_bound=0, **own)
-        flags.DEFINE_string("cpus_per_worker", "", "Cores of each pod, such as 8 or 500m. Empty: four for each GPU.", **own)
-        flags.DEFINE_string("memory_per_worker", "", "Memory of each pod, such as 16Gi. Empty: 8 GiB for each GPU.", **own)
+        unset = "Empty: the overlay's, or with --gpus_per_worker"
+        flags.DEFINE_string("cpus_per_worker", "", f"Cores of each pod, such as 8 or 500m. {unset} four for each GPU.", **own)
+        flags.DEFINE_string("memory_per_worker", "", f"Memory of each pod, such as 16Gi. {unset} 8 GiB for each GPU.", **own)
         flags.DEFINE_string("queue", "", "LocalQueue of Kueue to wait in.", **own)
         flags.DEFINE_string(
             "storage", "", "Existing claim (ReadWriteMany), gs://BUCKET in its place, or s3://BUCKET beside it for data.", **own

@@ -1,6 +1,7 @@
 """The shape of the code: imports run one way, and flags and environment are read in one place each."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,12 @@ def test_what_draws_is_imported_only_to_draw() -> None:
 def test_files_stay_small() -> None:
     for path in Path(ROOT / "trainer").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_make_installs_cuda_libraries_where_there_are_nvidia_gpus() -> None:
+    found = {}
+    for gpus in ("", "/dev/nvidia0 /dev/nvidia1"):
+        command = ["make", "--dry-run", f"NVIDIA={gpus}", "VENV=nowhere", "train"]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        (found[gpus],) = re.findall(r"--editable '\.\[(.*)\]'", printed)
+    assert found == {"": "dev", "/dev/nvidia0 /dev/nvidia1": "gpu,dev"}

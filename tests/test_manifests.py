@@ -26,7 +26,7 @@ from trainer.errors import RequestError
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
-TRAINING = [name for name in OVERLAYS if name not in ("tensorboard", "kueue-queue")]
+TRAINING = [name for name in OVERLAYS if name not in ("tensorboard", "kueue-queue", "volume")]
 DISTRIBUTED = [name for name in TRAINING if name not in ("single-node", "sweep", "tune")]
 # The oldest that knows all of it without a feature gate, and the newest.
 VERSIONS = ["1.31", "1.34", "1.37"]

@@ -1,6 +1,7 @@
 """Jobs that are asked to stop, run out of time or are killed, and go on afterwards."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -70,9 +71,14 @@ def test_output_that_nobody_can_read_is_told(at_once: bool, monkeypatch: pytest.
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, "test: what is printed cannot be written: No space left on device\n")
-        helped = subprocess.run([*command[:-1], "import sys; sys.argv.append('--help'); " + script], cwd=ROOT, stdout=full,
-                                stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
-        assert (helped.returncode, helped.stderr) == (1, "")
+        helps = [*command[:-1], "import sys; sys.argv.append('--help'); " + script]
+        for unbuffered, expected in (
+            ("", (1, "")),
+            ("1", (2, "test: what is printed cannot be written: No space left on device\n")),
+        ):
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            done = subprocess.run(helps, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+            assert (done.returncode, done.stderr) == expected
 
 
 def test_grace_period_ends_a_process_whose_stderr_cannot_be_written() -> None:

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from trainer import cluster
 from trainer import flags as task_flags
-from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, JobError, RequestError
+from trainer.errors import EXIT_DEFECT, EXIT_FINISHED, EXIT_REQUEST, JobError, RequestError
 
 # 128 + SIGINT, as shells have it.
 _EXIT_INTERRUPTED = 130
@@ -45,6 +45,10 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
     except JobError as error:
         _tell(program, error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A reader of --help that has seen enough.
+        _tell(program, _unwritable(error))
+        _exit(EXIT_REQUEST, at_once=False)
     except SystemExit as error:
         # absl ends --help with 1, although nothing is wrong.
         _exit(EXIT_FINISHED if error.code == 1 else int(error.code or EXIT_FINISHED), at_once=False)
@@ -119,7 +123,11 @@ def show(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        raise RequestError(f"what is printed cannot be written: {error.strerror}") from error
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> RequestError:
+    return RequestError(f"what is printed cannot be written: {error.strerror}")
 
 
 def _tell(program: str, error: JobError) -> None:

@@ -112,7 +112,7 @@ def check_devices(usable: int, existing: int) -> Finding:
             "devices",
             "fail",
             f"this machine has {existing} NVIDIA GPUs, TensorFlow can use {usable}",
-            "pip install '.[gpu]', look for its reason with --verbosity=0, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU",
+            "pip install -e '.[gpu]', look for its reason with --verbosity=0, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU",
         )
     return Finding("devices", "ok", f"{usable} GPUs, all of them usable" if usable else "no NVIDIA GPU: the CPU is used")
 

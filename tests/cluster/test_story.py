@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from namespaces import Namespace, restricted, wait_for
@@ -126,6 +127,20 @@ def test_tensorboard_shows_the_run(namespace: Namespace, whole: dict) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         process.stderr.close()
+
+
+def test_data_set_is_copied_to_the_volume_and_trained_on(namespace: Namespace, job: Job, tmp_path: Path) -> None:
+    images, labels = np.arange(28 * 28 * 64, dtype=np.uint8).reshape(64, 28, 28), np.arange(64) % 4
+    np.savez(tmp_path / "mine.npz", x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    namespace.kubectl("apply", "--filename=-", send=namespace.works("render", "--overlay=volume", f"--image={IMAGE}"))
+    namespace.kubectl("wait", "--for=condition=Ready", "pod/digitfleet-volume", "--timeout=60s")
+    namespace.kubectl("cp", str(tmp_path / "mine.npz"), "digitfleet-volume:/data/mine.npz")
+    prepare = ["python", "-m", "trainer.prepare", "--input=/data/mine.npz", "--output=/data/mine", "--num_shards=2"]
+    namespace.kubectl("exec", "digitfleet-volume", "--", *prepare)
+    namespace.kubectl("delete", "pod", "digitfleet-volume", "--wait=false")
+    job.submit("--preset=fast", "--data_dir=/data/mine", "--global_batch_size=32", "--max_steps=4")
+    job.wait_for_state("complete")
+    assert job.result()["test_examples"] == 9
 
 
 KILLED = [pytest.param(("--overlay=cpu",), id="job"), pytest.param(("--overlay=jobset", "--components=cpu"), id="jobset")]
