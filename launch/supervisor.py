@@ -87,6 +87,8 @@ class Supervisor:
                 break
         if summary := self._lost.summary():
             self._say(summary)
+        if self._faults:
+            self._say(f"chaos: did not happen, as no step was seen that far: {', '.join(map(str, self._faults))}")
         # Python gives a signal its default back before it ends: one that comes then would decide on the exit code.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

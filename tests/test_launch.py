@@ -221,6 +221,12 @@ def test_faults_are_injected_at_their_steps(tmp_path: Path) -> None:
     assert "worker 1 was ended by SIGKILL: ending all" in output
 
 
+def test_faults_that_never_came_are_told(tmp_path: Path) -> None:
+    code, output = outcome(supervise(tmp_path, "exit 0", faults="kill:1@step=20,term:*@step=30"))
+    assert code == 0
+    assert "chaos: did not happen, as no step was seen that far: kill:1@step=20, term:*@step=30" in output
+
+
 def test_workers_that_are_all_stopped_are_ended_after_the_jobs_deadline(tmp_path: Path) -> None:
     code, output = outcome(supervise(tmp_path, "kill -STOP $$; exit 0"))
     assert code == 75
