@@ -3,14 +3,10 @@
 import math
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.report import ProgramError, Section, as_typed, environment, table
+from benchmarks.report import Section, as_typed, run_timed, table
 from benchmarks.throughput import Progress
 
 TARGET = 0.99
@@ -38,23 +34,6 @@ class Run:
     first: float
 
 
-def _lines(arguments: Sequence[str]) -> list[tuple[float, str]]:
-    """Each line that a program prints, with the seconds since its start."""
-    started = time.perf_counter()
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
-        ) as process,
-    ):
-        assert process.stdout
-        lines = [(time.perf_counter() - started, line) for line in process.stdout]
-        if process.wait():
-            errors.seek(0)
-            raise ProgramError(f"{arguments[0]} ended with {process.returncode}:\n{errors.read()[-2000:]}")
-    return lines
-
-
 def _find(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tuple[float, re.Match]]:
     return [(seconds, match) for seconds, line in lines if (match := pattern.search(line))]
 
@@ -62,7 +41,7 @@ def _find(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tuple[flo
 def run_ours(seed: int) -> Run:
     """One job of preset `fast`, exported and all; its clock stops at the line with the test accuracy."""
     with tempfile.TemporaryDirectory() as folder:
-        lines = _lines(ours(seed, f"{folder}/run"))
+        lines, _ = run_timed(ours(seed, f"{folder}/run"))
     ((seconds, test),) = _find(_OURS, lines)
     ((_, trained),) = _find(_TRAINED, lines)
     return Run(seed, seconds, float(test[1]) / 100, float(trained[1]))
@@ -70,7 +49,8 @@ def run_ours(seed: int) -> Run:
 
 def run_recipe(seed: int) -> Run:
     """The recipe, up to the target, or to its end without it."""
-    looks = _find(_RECIPE, _lines(recipe(seed)))
+    lines, _ = run_timed(recipe(seed))
+    looks = _find(_RECIPE, lines)
     seconds, last = looks[-1]
     return Run(seed, seconds - float(last[3]), float(last[1]), float(looks[0][1][2]))
 

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from benchmarks.setup import Prepared, prepare
+from benchmarks.setup import Prepared, from_command_line
 from trainer.augment import augmented
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.layers import training_on
@@ -33,10 +33,11 @@ _STEPS, _TURNS, _SAVES, _INPUT_STEPS, _RECORDS = 20, 9, 7, 400, 200
 def _partial_loop(job: Prepared, *, backward: bool) -> Callable[[], object]:
     """A loop of `_STEPS` steps without update, or without backward pass too."""
     config, model = job.config, job.state.model
+    num_positions = job.state.schedule.total_steps * config.global_batch_size
     dtype = tf.float64 if config.precision == "float64" else tf.float32
 
     def replica_step(images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        images = tf.cast(augmented(images, positions, config), dtype)
+        images = tf.cast(augmented(images, positions, config, num_positions), dtype)
         with tf.GradientTape() as tape:
             with training_on(positions):
                 logits = model(images, training=True)
@@ -126,7 +127,7 @@ def _waiting_seconds(train: Callable[[], object]) -> float:
 
 def main() -> None:
     """Prints JSON; times in milliseconds a step."""
-    job = prepare(sys.argv[1:])
+    job = from_command_line()
     steps = tf.constant(_STEPS, tf.int64)
     loops: dict[str, Callable[[], object]] = {
         "forward": _partial_loop(job, backward=False),

@@ -8,7 +8,6 @@ to some bandwidths; `wire` is the link's own rate times a factor, for what proto
 """
 
 import dataclasses
-import importlib.util
 import io
 import math
 import os
@@ -145,9 +144,7 @@ def measure(quick: bool, progress: Progress) -> Section:
     Raises:
         ProgramError: what it needs is not there.
     """
-    if not importlib.util.find_spec("matplotlib"):
-        raise ProgramError("the chart needs matplotlib: pip install -e '.[bench]'")
-    if os.geteuid() or not shutil.which("tc"):
+    if os.geteuid() or not (shutil.which("tc") and shutil.which("ip")):
         raise ProgramError("limited links need root and iproute2: leave this section out with --only")
     task = [*scaling.TASK, "--precision=float32"]
 
@@ -172,11 +169,12 @@ def measure(quick: bool, progress: Progress) -> Section:
     model = fit(compute, exchanges)
     checked = found["link", _CHECKED_MBITS]
     sizes = [row["bytes"] for row in checked["collectives"]]
-    rows = []
+    rows, steps = [], {}
     for mbits in sorted((*_FITTED_MBITS, _CHECKED_MBITS)):
         measured = found["link", mbits]["step_ms"]
         predicted = model.step(_CHECK_BATCH / 2, sizes, 2, mbits)
         kind = "check: nothing of it was fitted" if mbits == _CHECKED_MBITS else "its all-reduces were fitted, its steps not"
+        steps[mbits] = {"measured_ms": measured, "predicted_ms": predicted}
         rows.append([f"{mbits:,}", kind, f"{measured:.1f}", f"{predicted:.1f}", f"{predicted / measured - 1:+.0%}"])
     gpus = Gpus()
     needed = [[str(count), f"{gpus.batch_for(0.5, count, sizes):,}", f"{gpus.batch_for(0.9, count, sizes):,}"] for count in _GPUS]
@@ -200,8 +198,8 @@ def measure(quick: bool, progress: Progress) -> Section:
             "model": dataclasses.asdict(model),
             "compute": compute,
             "exchanges": exchanges,
-            "checked_ms": checked["step_ms"],
-            "predicted_ms": model.step(_CHECK_BATCH / 2, sizes, 2, _CHECKED_MBITS),
+            "steps": steps,
+            "checked_mbits": _CHECKED_MBITS,
             "assumed_gpus": dataclasses.asdict(gpus),
         },
         commands=[f"ip netns exec MACHINE {as_typed(['benchmarks.probe', *task])}"],

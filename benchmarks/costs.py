@@ -1,14 +1,10 @@
 """What a job spends on anything but its steps: start, memory, input, checkpoints, logging; and what a step consists of."""
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
 
-from benchmarks.report import ProgramError, Section, as_typed, environment, run_json, table
+from benchmarks.report import Section, as_typed, run_json, run_timed, table
 from benchmarks.scaling import TASK
-from benchmarks.throughput import Progress
+from benchmarks.throughput import Progress, has_bfloat16
 
 _PARTS = ("forward", "backward", "update")
 _CHECKPOINT_EVERY = 100
@@ -19,25 +15,15 @@ _RECORD_EVERY = 50
 def first_step(arguments: list[str]) -> tuple[float, float]:
     """Seconds from the start of `trainer.task` to its first finished step, and the peak of the whole job's memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainer.task", *arguments, "--max_steps=51", "--noreport", f"--model_dir={folder}/run"]
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, "--steps_per_loop=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-        )
-        assert process.stdout
-        lines = [(time.perf_counter() - started, line) for line in process.stdout]
-        # Not `process.wait`: it does not tell what the process has used.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ProgramError(f"trainer.task ended with {process.returncode}:\n{''.join(line for _, line in lines[-20:])}")
-    return next(seconds for seconds, line in lines if line.startswith("step ")), usage.ru_maxrss / 1024
+        task = ["trainer.task", *arguments, "--max_steps=51", "--noreport", f"--model_dir={folder}/run", "--steps_per_loop=1"]
+        lines, peak = run_timed(task)
+    return next(seconds for seconds, line in lines if line.startswith("step ")), peak
 
 
 def measure(quick: bool, progress: Progress) -> Section:
     """Each precision by itself; nothing here is compared with others."""
     figures, rows, shares = {}, [], []
-    for precision in progress(["float32"] if quick else ["float32", "mixed_bfloat16"]):
+    for precision in progress(["float32", *(["mixed_bfloat16"] if not quick and has_bfloat16() else [])]):
         task = [*TASK, f"--precision={precision}"]
         parts = run_json(["benchmarks.anatomy", *task])
         seconds, memory = first_step(task)

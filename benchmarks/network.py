@@ -5,6 +5,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+from benchmarks.report import ProgramError
+
 # For tests of networks: RFC 2544.
 _SUBNET = "198.18.0"
 _BURST = "128kb"
@@ -14,9 +16,11 @@ def ip(*words: str) -> None:
     """Runs `ip`.
 
     Raises:
-        subprocess.CalledProcessError: it has failed.
+        ProgramError: it has failed, as it does where network namespaces are not allowed.
     """
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ProgramError(f"ip {' '.join(words)}: {(done.stderr.strip() or f'ended with {done.returncode}').splitlines()[-1]}")
 
 
 @contextlib.contextmanager
@@ -44,9 +48,9 @@ def machines(count: int, mbits: float = 0) -> Iterator[list[tuple[str, str]]]:
             if mbits:
                 limit = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", f"{mbits}mbit", "burst", _BURST,
                          "latency", "200ms"]  # fmt: skip
-                subprocess.run(["ip", "netns", "exec", name, *limit], check=True, capture_output=True)
+                ip("netns", "exec", name, *limit)
         yield [(name, f"{_SUBNET}.{index + 1}") for index, name in enumerate(names)]
     finally:
         for name in made:
-            with contextlib.suppress(subprocess.CalledProcessError):
+            with contextlib.suppress(ProgramError):
                 ip("netns", "delete", name)

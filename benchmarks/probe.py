@@ -3,7 +3,6 @@
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from unittest import mock
 import tensorflow as tf
 from tensorflow.python.ops import collective_ops
 
-from benchmarks.setup import prepare
+from benchmarks.setup import from_command_line
 from trainer.topology import Topology
 
 _REPEATS, _STEPS, _TURNS = 50, 10, 9
@@ -53,7 +52,7 @@ def milliseconds(topology: Topology, elements: int, dtype: tf.DType) -> float:
 
 def main() -> None:
     """Prints JSON."""
-    job = prepare(sys.argv[1:])
+    job = from_command_line()
     with recorded() as found:
         steps = tf.constant(_STEPS, tf.int64)
         job.train_loop(job.iterator, tf.constant(0, tf.int64), steps)

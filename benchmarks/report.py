@@ -5,17 +5,23 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# TensorFlow writes such lines before it has read its log level.
+_LOGGED = re.compile(r"[IW]\d{4} |\d{4}-\d\d-\d\d [\d:.]+: [IW] |WARNING: ")
 _PACKAGES = ("tensorflow", "keras", "tf_keras", "torch", "jax", "flax")
 
 
 class ProgramError(Exception):
-    """A measured program has failed; the text is the last line that it wrote."""
+    """A measured program has failed, or cannot run here; the text is one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +60,42 @@ def run_program(arguments: Sequence[str]) -> str:
     return done.stdout
 
 
+def run_timed(arguments: Sequence[str]) -> tuple[list[tuple[float, str]], float]:
+    """Runs `python -m arguments`.
+
+    Returns:
+        Each line that it prints, with the seconds since its start; and the peak of its memory, MiB.
+
+    Raises:
+        ProgramError: it has failed.
+    """
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
+        ) as process,
+    ):
+        assert process.stdout
+        try:
+            lines = [(time.perf_counter() - started, line) for line in process.stdout]
+            # Not `process.wait`: it does not tell what the process has used.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            process.kill()
+            raise
+        if process.returncode:
+            errors.seek(0)
+            raise ProgramError(reason_of(arguments, process.returncode, errors.read()))
+    return lines, usage.ru_maxrss / 1024
+
+
 def reason_of(arguments: Sequence[str], code: int, errors: str) -> str:
-    """Why `python -m arguments` has failed: the last line that it wrote to stderr."""
-    return (errors.strip() or f"{arguments[0]} ended with {code}").splitlines()[-1][:200]
+    """Why `python -m arguments` has failed, in one line: the signal that ended it, or the last line that it wrote to stderr."""
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    lines = [line for line in errors.splitlines() if line.strip() and not _LOGGED.match(line)]
+    return f"{arguments[0]} {ended}{f': {lines[-1].strip()[:200]}' if lines and code > 0 else ''}"
 
 
 def run_json(arguments: Sequence[str]) -> dict[str, Any]:

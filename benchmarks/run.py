@@ -4,14 +4,16 @@
     python -m benchmarks.run --output results --quick                     # a short turn or two of everything
     python -m benchmarks.run --output results --only throughput,accuracy
 
-What is compared runs in one session and takes turns, each program in a process of its own, so that a machine whose speed drifts
-does not decide. Frameworks that are not installed are named as such: pip install -e '.[bench]'.
+Each program is a process of its own, on CPUs. What is compared in throughput, time to accuracy and scaling takes turns, so that a
+machine whose speed drifts does not decide. Frameworks that are not installed are named as such: pip install -e '.[bench]'.
 """
 
 import argparse
 import datetime
 import json
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short turn or two of everything: minutes, and noisy")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas; default: %(default)s")
     options = parser.parse_args()
-    chosen = options.only.split(",")
+    chosen = list(dict.fromkeys(options.only.split(",")))
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"--only={unknown[0]}: expected some of {', '.join(SECTIONS)}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        # Before an hour is spent on what could not be written then.
+        with tempfile.TemporaryFile(dir=options.output):
+            pass
+    except OSError as error:
+        parser.error(f"--output={options.output}: cannot be written: {error.strerror}")
+    if (options.output / "report.json").exists():
+        parser.error(f"--output={options.output}: holds a report already: give another folder")
+    # What is measured ends, and its temporary folder goes, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     heading = f"{report.machine()}; {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     sections: dict[str, report.Section] = {}
     text = ""

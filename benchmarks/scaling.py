@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import ProgramError, Section, as_typed, environment, table
-from benchmarks.throughput import Progress
+from benchmarks.report import ProgramError, Section, as_typed, environment, reason_of, table
+from benchmarks.throughput import Progress, has_bfloat16
 from trainer.ports import free_ports
 
 TASK = ("--model=bn_cnn", "--augment=none", "--dropout_rate=0.4", "--validation_fraction=0")
@@ -70,7 +70,7 @@ def run_pinned(
         for process, (_, errors) in zip(processes, logs, strict=True):
             if process.poll():
                 errors.seek(0)
-                raise ProgramError(f"benchmarks.probe ended with {process.returncode}:\n{errors.read()[-2000:]}")
+                raise ProgramError(reason_of(["benchmarks.probe"], process.returncode, errors.read()))
         logs[0][0].seek(0)
         return dict(json.loads(logs[0][0].read().splitlines()[-1]))
 
@@ -147,7 +147,7 @@ def points(quick: bool) -> list[Point]:
         for batch in sorted({STRONG_BATCH, count * WEAK_BATCH})
     ]
     sixteen = [Point("workers", count, count * WEAK_BATCH, "mixed_bfloat16") for count in (1, 2)]
-    return base + several + ([] if quick else sixteen)
+    return base + several + (sixteen if not quick and has_bfloat16() else [])
 
 
 def rows_of(measured: Sequence[Point]) -> list[list[str]]:

@@ -1,14 +1,16 @@
 """A job of `trainer.task` put together, but not started: for programs that measure its parts."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from trainer import cluster, dataset, job, machine
+from trainer import cluster, dataset, job, loading, machine
 from trainer import flags as task_flags
 from trainer.config import Config
+from trainer.errors import JobError
 from trainer.plan import Plan, make_plan
 from trainer.steps import State, TrainLoop, make_train_loop
 from trainer.topology import Topology, choose_layout, configure_tensorflow, make_topology
@@ -20,15 +22,27 @@ class Prepared:
 
     config: Config
     plan: Plan
-    data: dataset.Dataset
     topology: Topology
     state: State
     iterator: Any
     train_loop: TrainLoop
 
 
+def from_command_line() -> Prepared:
+    """`prepare` for the flags of this process; what is wrong with them is one line, and its exit code."""
+    try:
+        return prepare(sys.argv[1:])
+    except JobError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 def prepare(arguments: Sequence[str]) -> Prepared:
-    """The job that flags of `trainer.task` ask for, on the cluster that the environment describes."""
+    """The job that flags of `trainer.task` ask for, on the cluster that the environment describes.
+
+    Raises:
+        RequestError: flags, data and cluster do not go together.
+    """
     values = flags.FlagValues()
     task_flags.define(values)
     config = task_flags.to_config(values, task_flags.parse(values, ["benchmark", *arguments])[1:])
@@ -37,15 +51,15 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     configure_tensorflow(config)
     config = machine.with_precision(config, None)
     layout = choose_layout(config, workers)
-    plan = make_plan(config, len(data.train), layout.num_replicas)
+    train_set, _ = dataset.split_validation(data.train, config.validation_fraction)
+    plan = make_plan(config, len(train_set), layout.num_replicas)
     topology = make_topology(config, layout, workers)
     state, _ = job.make_state(config, plan, data, topology)
     return Prepared(
         config=config,
         plan=plan,
-        data=data,
         topology=topology,
         state=state,
-        iterator=job.train_iterator(config, data.train, 0, topology),
+        iterator=job.train_iterator(config, loading.resident(train_set, config, train=True), 0, topology),
         train_loop=make_train_loop(config, state, topology.strategy),
     )

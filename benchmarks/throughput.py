@@ -22,7 +22,7 @@ from benchmarks.report import Section, as_typed, environment, reason_of, run_jso
 PRECISIONS = ("float32", "bfloat16")
 BATCH = 256
 OURS = "digitfleet"
-# Name, package, module and variants; of the variants the quickest counts.
+# Name, package, module and variants, each with a row of its own.
 PROGRAMS = {
     OURS: ("tensorflow", "digitfleet", ("default",)),
     "Keras 3 fit": ("keras", "keras_fit", ("plain", "loop", "jit")),
@@ -31,6 +31,11 @@ PROGRAMS = {
     "JAX, Flax NNX": ("flax", "jax_flax", ("default",)),
 }
 Progress = Callable[[list[Any]], Iterable[Any]]
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine has instructions for it that TensorFlow uses; a process of its own asks."""
+    return bool(run_json(["benchmarks.limit", "--precision=bfloat16"])["has_instructions"])
 
 
 def operations_per_image() -> int:
@@ -89,7 +94,9 @@ class _Program:
             text=True,
             env=environment(),
         )
-        # The first epoch compiles, and is not counted.
+
+    def start(self) -> None:
+        """Lets it train its first epoch, which compiles and is not counted."""
         self._wait()
 
     def turn(self) -> None:
@@ -173,14 +180,19 @@ def _compare(ours: Measurement, peer: Measurement, turns: int) -> None:
         for measurement in (ours, peer):
             programs.append(_Program(measurement.arguments))
             stack.callback(programs[-1].kill)
+            programs[-1].start()
         for turn in range(turns):
             for program in programs if turn % 2 == 0 else programs[::-1]:
                 program.turn()
         for program, measurement in zip(programs, (ours, peer), strict=True):
             program.end()
             measurement.rates += program.rates
-            measurement.error = "" if measurement.rates else program.error
+            measurement.error = program.error
             measurement.peak_rss_mib = max(measurement.peak_rss_mib, program.peak_rss_mib)
+        if ours.error:
+            # Its other rounds may be good: this one says nothing.
+            peer.error, ours.error = f"{OURS} failed beside it: {ours.error}", "" if ours.rates else ours.error
+            peer.rates = []
         peer.ours = programs[0].rates
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from benchmarks import accuracy, cost_model, report, run, scaling, throughput
+from benchmarks import accuracy, cost_model, network, report, run, scaling, throughput
 from benchmarks.peers import session
 from trainer.console import ConsoleWriter, print_result
 from trainer.models import inference_model
@@ -88,25 +89,75 @@ def test_two_programs_take_turns(programs: list[throughput.Measurement], tmp_pat
 def test_a_program_that_breaks_is_told_in_its_last_line(programs: list[throughput.Measurement]) -> None:
     one, _, bad = programs
     throughput._compare(one, bad, 3)
-    assert (one.error, bad.error) == ("", "it broke")
+    assert (one.error, bad.error) == ("", "bad ended with 1: it broke")
     assert (len(one.rates), bad.rates) == (3, [])
     lines = throughput._table([one, bad], "float32", 1e12).splitlines()
     assert "it broke" in lines[-1]
 
 
-@pytest.mark.parametrize("moment", ["turn", "end"])
+def test_round_in_which_digitfleet_itself_breaks_says_so_in_the_peers_row(programs: list[throughput.Measurement]) -> None:
+    one, two, bad = programs
+    bad.rates = [100.0]
+    throughput._compare(bad, two, 3)
+    assert (bad.error, bad.rates) == ("", [100.0])
+    assert two.error == "digitfleet failed beside it: bad ended with 1: it broke"
+    assert "digitfleet failed" in throughput._table([one, two], "float32", 1e12).splitlines()[-1]
+
+
+def test_reason_is_what_the_program_said_and_not_what_tensorflow_logs() -> None:
+    logged = "I0000 00:00:1.2 3 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.\n"
+    noise = f"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n{logged}"
+    assert report.reason_of(["x", "--y"], 1, f"ValueError: no\n{noise}") == "x ended with 1: ValueError: no"
+    assert report.reason_of(["x"], -9, f"ValueError: no\n{noise}") == "x ended by SIGKILL"
+    assert report.reason_of(["x"], 3, noise) == "x ended with 3"
+
+
+@pytest.mark.parametrize("moment", ["start", "turn", "end"])
 def test_no_program_is_left_behind(
     moment: str, programs: list[throughput.Measurement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: object) -> None:
+    def interrupt(program: throughput._Program) -> None:
+        if moment == "start":
+            program._wait()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(throughput._Program, moment, interrupt)
     with pytest.raises(KeyboardInterrupt):
         throughput._compare(*programs[:2], 3)
     started = [int(pid) for pid in (tmp_path / "log.pid").read_text().split()]
-    assert len(started) == 2
+    assert started
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+
+
+SECTION = """
+import os, tempfile
+from benchmarks import report, run
+
+def measure(quick, progress):
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
+        print(folder, flush=True)
+        report.RUN(["sleeper"])
+
+run.SECTIONS = {"throughput": measure}
+run.main()
+"""
+
+
+@pytest.mark.parametrize("way", ["run_program", "run_timed"])
+def test_sigterm_leaves_no_program_and_no_folder(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    command = [sys.executable, "-c", SECTION.replace("RUN", way)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        folder = Path(next(line for line in process.stdout if line.startswith("/")).strip())
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    assert not folder.exists()
 
 
 @pytest.mark.usefixtures("programs")
@@ -276,6 +327,35 @@ def test_a_section_that_fails_is_told_and_the_others_are_written(
     assert "    python -m this" in text
     assert json.loads((tmp_path / "new" / "report.json").read_text())["good"] == {"x": 1, "commands": ["python -m this"]}
     assert (tmp_path / "new" / "c.png").read_bytes() == b"png"
+
+
+def test_report_is_not_replaced_and_what_cannot_be_written_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    for folder, words in ((tmp_path, "holds a report already"), (tmp_path / "report.json", "cannot be written: File exists")):
+        monkeypatch.setattr(sys, "argv", ["run", f"--output={folder}"])
+        with pytest.raises(SystemExit, match="2"):
+            run.main()
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--steps=235"], ["--steps=0"], ["--epochs=1"]])
+def test_epoch_that_cannot_be_timed_is_refused(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peer", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        session.parse("")
+    assert "peer: error: --" in capsys.readouterr().err
+
+
+def test_network_that_is_not_allowed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ip").write_text("#!/bin/sh\necho 'mount --make-shared /run/netns failed: Operation not permitted' >&2; exit 1\n")
+    (tmp_path / "ip").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(report.ProgramError, match=r"ip netns add df.*hub: mount .* not permitted"), network.machines(2):
+        pass
 
 
 def test_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

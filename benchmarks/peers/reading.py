@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--first_step", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="of write_pictures: the folder to write to")
     options = parser.parse_args()
+    if options.reader == "write_pictures" and not options.pictures:
+        parser.error("write_pictures needs --pictures")
     if options.reader == "write_pictures":
         write_pictures(options.folder, options.pictures, options.batches * _BATCH)
         print(json.dumps({"pictures": options.batches * _BATCH}))

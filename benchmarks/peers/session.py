@@ -14,6 +14,7 @@ from trainer import dataset
 DROPOUT_RATE = 0.4
 LEARNING_RATE = 0.01
 EPOCH_ENDED = "epoch ended"
+_EXAMPLES = 60_000
 
 
 def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> argparse.Namespace:
@@ -25,7 +26,12 @@ def parse(description: str | None, variants: tuple[str, ...] = ("default",)) -> 
     parser.add_argument("--steps", type=int, default=100, help="steps an epoch")
     parser.add_argument("--epochs", type=int, default=4, help="the first one is not counted")
     parser.add_argument("--turns", action="store_true", help="say when an epoch has ended, and wait for a line before the next")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.batch, options.steps) < 1 or options.steps * options.batch > _EXAMPLES:
+        parser.error(f"--steps times --batch is an epoch, and MNIST has {_EXAMPLES} images")
+    if options.epochs < 2:
+        parser.error("--epochs: expected 2 or more, as the first one is not counted")
+    return options
 
 
 def wait_for_turn(options: argparse.Namespace) -> None:
