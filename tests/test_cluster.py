@@ -178,6 +178,8 @@ def test_ranks_find_each_other_through_the_shared_folder_whatever_an_earlier_lau
         assert {cluster.workers for cluster in found} == {found[0].workers}
         assert len(set(found[0].workers)) == 3
         assert [cluster.index for cluster in found] == [0, 1, 2]
+    with pytest.raises(Stopped, match="rank 0"):
+        with_addresses(clusters[1], tmp_path, 1, StopRequest())
 
 
 def test_rank_of_a_closed_network_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +260,9 @@ def test_command_prints_the_cluster_as_json() -> None:
         command, cwd=ROOT, env=tf_config({"worker": WORKERS}, index=1), capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == {"source": "TF_CONFIG", "workers": WORKERS, "index": 1}
+    done = subprocess.run([*command, "--nosuch"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unrecognized arguments: --nosuch" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -226,9 +226,13 @@ def test_probabilities_are_known_by_their_values(kind: str, module) -> None:
 
 @pytest.mark.parametrize(
     "end",
-    ["keras.layers.Dense(num_classes, 'sigmoid')(x)", "keras.layers.Activation('tanh')(keras.layers.Dense(num_classes)(x))"],
+    [
+        "keras.layers.Dense(num_classes, 'sigmoid')(x)",
+        "keras.layers.Dense(num_classes, 'relu')(x)",
+        "keras.layers.Activation('tanh')(keras.layers.Dense(num_classes)(x))",
+    ],
 )
-def test_bounded_logits_are_refused(end: str, module) -> None:
+def test_logits_that_are_cut_are_refused(end: str, module) -> None:
     module(START + f"    return keras.Model(images, {end})\n")
-    with pytest.raises(RequestError, match=r"--model=mine:build: ends with (sigmoid|tanh); expected logits"):
+    with pytest.raises(RequestError, match=r"--model=mine:build: ends with (sigmoid|tanh|relu); expected logits"):
         inference_model(from_preset("default", {"model": "mine:build"}), SHAPE, 10)

@@ -99,7 +99,11 @@ def test_helpfull_explains_every_flag_with_its_default() -> None:
     assert " ".join(finished.stdout.split()).count("(default: ") >= len(CONTRACT)
 
 
-@pytest.mark.parametrize("argv", [WRONG[0], WRONG[12], ["--no_such_flag"], ["--data_dir=/nowhere"], ["surplus"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [WRONG[0], WRONG[12], ["--no_such_flag"], ["--resume=maybe"], ["--only_check_args"], ["--data_dir=/nowhere"], ["surplus"]],
+    ids=" ".join,
+)
 def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothing(argv: list[str], tmp_path) -> None:
     command = [sys.executable, "-m", "trainer.task", f"--model_dir={tmp_path / 'a' / 'run'}", *argv]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -379,3 +379,11 @@ def test_data_service_finds_itself_and_reaches_the_data() -> None:
     with pytest.raises(RequestError, match="--data_service prepares records"):
         render(Request(components=("data-service",)))
     render(Request(components=("data-service",), task=("--data_dir=/data/digits",)))
+
+
+def test_pod_for_the_volume_may_write_to_the_jobs_claim() -> None:
+    (spec,) = pod_specs(objects("volume"))
+    (claim,) = [volume for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+    assert claim["persistentVolumeClaim"] == {"claimName": "digitfleet"}
+    (mount,) = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == claim["name"]]
+    assert mount == {"name": claim["name"], "mountPath": "/data"}

@@ -28,3 +28,8 @@ def test_warm_up_that_training_would_not_outlast_is_refused_unless_a_trial_is_cu
     with pytest.raises(RequestError, match="--warmup_steps=600: training ends at step 600"):
         make_plan(from_preset("default", options), 60_000, 1)
     assert make_plan(from_preset("default", {**options, "max_steps": 20, "warmup_steps": 599}), 60_000, 1).total_steps == 20
+
+
+def test_batch_larger_than_the_training_set_is_refused_with_the_most_that_can_be() -> None:
+    with pytest.raises(RequestError, match="--global_batch_size=256 is more than the 144 training examples: give no more"):
+        make_plan(from_preset("default", {}), 144, 1)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -275,6 +276,13 @@ def test_data_that_is_not_there_is_told_before_tensorflow_is_loaded(finished: Pa
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(RequestError, match="nowhere: there is no such file or folder"):
         evaluate.evaluate(str(finished), "nowhere")
+
+
+def test_data_of_a_run_whose_configuration_is_lost_is_not_guessed(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(RequestError, match=r"its config\.json, which names its data, cannot be read: give --data_dir"):
+        evaluate.evaluate(str(tmp_path / "run"))
 
 
 COLOUR = {

@@ -268,7 +268,10 @@ def test_picture_of_another_size_is_no_damage(tmp_path: Path) -> None:
     write_folders(tmp_path / "in", GRAY, LABELS)
     Image.fromarray(GRAY[0][:10]).save(tmp_path / "in" / "ant" / "odd.png")
     arguments = (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2")
-    assert "odd.png: has 10x24 pixels" in prepare(*arguments, "--on_error=skip", code=2)
+    assert "odd.png: has 10x24 pixels" in prepare(*arguments, "--num_shards=1", "--on_error=skip", code=2)
+    assert not (tmp_path / "out").exists()
+    prepare(*arguments, "--num_shards=1", "--image_size=16")
+    assert content_of(tmp_path / "out", "train")
 
 
 def test_what_systems_leave_in_folders_is_no_data(tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_figure_is_laid_out_once_for_both_forms(monkeypatch: pytest.MonkeyPatch)
     assert counts == {"execute": 1, "draw": 3}
 
 
+def test_calibration_of_a_model_that_is_sure_of_everything_is_drawn() -> None:
+    sure = np.float32([[1 - 1e-7, 1e-7]])
+    sure = np.concatenate([sure, np.nextafter(sure, 0)] * 5)
+    figure = figures.calibration(predictions(10, 2, labels=np.zeros(10, np.int32), probabilities=sure))
+    assert sum(bar.get_height() for bar in figure.axes[1].patches) == 10
+
+
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     sure = np.tile(np.float32([[0.9, 0.1]]), (10, 1))
     assert figures.calibration_error(predictions(10, 2, labels=np.int32([0] * 9 + [1]), probabilities=sure)) == pytest.approx(

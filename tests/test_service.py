@@ -131,6 +131,32 @@ def test_dispatcher_that_does_not_answer_is_told() -> None:
         service.check(f"grpc://127.0.0.1:{port}")
 
 
+def test_wait_for_a_dispatcher_is_told_and_ends_on_request(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setattr(service, "_REPORT_EVERY_SECS", 0.0)
+    looks = iter([False, False, False, True])
+    with caplog.at_level("INFO"), pytest.raises(Stopped, match="nothing answers there"):
+        service.check(f"grpc://127.0.0.1:{port}", 60, stopped=lambda: next(looks))
+    assert f"waiting: --data_service=grpc://127.0.0.1:{port}: nothing answers there (Connection refused)" in caplog.text
+
+
+def test_data_worker_without_a_dispatcher_ends_by_sigterm_and_a_port_has_one_dispatcher(servers: Servers) -> None:
+    command = [sys.executable, "-m", "trainer.data_server"]
+    port, nobody = free_ports(2)
+    waiting = [*command, f"--port={port}", f"--dispatcher=grpc://127.0.0.1:{nobody}"]
+    with subprocess.Popen(waiting, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "waiting: --dispatcher=" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(30) == 0
+    second = [*command, f"--port={servers.address.rpartition(':')[2]}"]
+    done = subprocess.run(second, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 75
+    assert "cannot serve there: Address already in use" in done.stderr
+
+
 def test_host_that_is_none_is_refused() -> None:
     with pytest.raises(RequestError, match=r"--data_service=grpc://a\.\.b:5050: a\.\.b is no host"):
         service.check("grpc://a..b:5050")

@@ -182,3 +182,11 @@ def test_text_is_utf_8_and_names_are_shown_whatever_the_locale(tmp_path: Path) -
 def test_what_the_system_does_not_show_is_one_line() -> None:
     with pytest.raises(RequestError, match="/data/digits/train: cannot be read: Permission denied"), storage.reading("/data"):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/digits/train")
+
+
+@pytest.mark.e2e
+def test_job_leaves_no_temporary_files(start_job, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    start_job({"TMPDIR": str(temporary)}, strategy="mirrored", num_devices=2, epochs=1).finish()
+    assert [path.name for path in temporary.rglob("*") if path.is_file()] == []

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -24,6 +25,17 @@ _EXIT_INTERRUPTED = 130
 # where it is installed. What splits or draws imports them then, as a user's module may.
 _NOT_FOR_TENSORFLOW = ("matplotlib", "sklearn", "jax")
 
+# Of absl's own `app.run`, which is not used here.
+_NOT_HONOURED = (
+    "only_check_args",
+    "pdb",
+    "pdb_post_mortem",
+    "profile_file",
+    "run_with_pdb",
+    "run_with_profiling",
+    "use_cprofile_for_profiling",
+)
+
 
 def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False) -> None:
     """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1.
@@ -35,6 +47,9 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
             pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
     """
     app.define_help_flags()
+    for name in _NOT_HONOURED:
+        if name in flags.FLAGS:
+            delattr(flags.FLAGS, name)
     # Python has none where they are closed, as after `>&-`.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -152,6 +167,11 @@ def _exit(code: int, at_once: bool) -> NoReturn:
         standard_logging.shutdown()
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
+        # AutoGraph's, of what Keras and tf.distribute trace; Python's own end would take them away.
+        for module in [found for name, found in sys.modules.items() if name.startswith("__autograph_generated_file")]:
+            for path in filter(None, (module.__file__, module.__cached__)):
+                with contextlib.suppress(OSError):
+                    Path(path).unlink()
         os._exit(code)
     sys.exit(code)
 

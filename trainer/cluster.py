@@ -4,6 +4,7 @@
 `sources.py`.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -101,6 +102,8 @@ def alone(
 
 def main() -> int:
     """Prints the cluster as JSON; returns the exit code."""
+    words = "Prints which workers the environment names, as JSON. README.md says where it looks."
+    argparse.ArgumentParser(prog="trainer.cluster", description=words).parse_args()
     try:
         found = from_environment()
     except JobError as error:

@@ -101,14 +101,21 @@ def convert(
         _begin_again(output, fingerprint)
     shape = _first_shape(collection, request)
     _refuse_colour_digits(collection, shape)
-    _begin(output, fingerprint)
+    begins = _begin(output, fingerprint)
     shards = _shards(collection, request)
     state = (output, len(collection.class_names), request, shape)
-    with storage.stop_when_full("the data set", goes_on), writers(num_processes, state) as write:
+    with storage.stop_when_full("the data set", goes_on):
         notes = {}
-        for shard, note in write(collection, shards):
-            notes[shard.name] = note
-            done(len(shard.indices))
+        try:
+            with writers(num_processes, state) as write:
+                for shard, note in write(collection, shards):
+                    notes[shard.name] = note
+                    done(len(shard.indices))
+        except RequestError:
+            # With the flags that it takes, nothing of this could be gone on with.
+            if begins:
+                _take_back(output)
+            raise
         if request.on_error == "fail":
             _refuse_damage([error for note in notes.values() for error in note["errors"]], output)
         content = _description(collection, shape, shards, notes, output)
@@ -174,7 +181,8 @@ def _begin_again(output: Path, fingerprint: str) -> None:
     (output / records.DESCRIPTION).unlink()
 
 
-def _begin(output: Path, fingerprint: str) -> None:
+def _begin(output: Path, fingerprint: str) -> bool:
+    """Prepares the folder for the conversion, or to go on with it; whether it begins."""
     notes = output / NOTES
     before = storage.read_json(notes / "request.json")
     if before is None:
@@ -185,9 +193,18 @@ def _begin(output: Path, fingerprint: str) -> None:
         storage.write_json(notes / "request.json", {"fingerprint": fingerprint})
     elif before.get("fingerprint") != fingerprint:
         raise RequestError(
-            f"--output={output}: holds a conversion of something else, or with other flags, that was stopped: give the same ones "
-            "to go on, or another folder"
+            f"--output={output}: holds a stopped conversion of other files, or with other flags: give the same ones to go on, or "
+            "remove the folder"
         )
+    return before is None
+
+
+def _take_back(output: Path) -> None:
+    """Removes what a conversion that began here has written."""
+    shutil.rmtree(output / NOTES)
+    for path in output.iterdir():
+        if path.name != storage.LOCK:
+            path.unlink()
 
 
 def _shards(collection: Collection, request: Request) -> list[Shard]:

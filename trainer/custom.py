@@ -27,8 +27,8 @@ _SAID_BY_KERAS = (
 # Where no code of the user's is.
 _LIBRARIES = re.compile(rf"^<frozen |/(site|dist)-packages/|^{re.escape(sysconfig.get_path('stdlib'))}/|^{re.escape(__file__)}$")
 _PROBABILITY_TOLERANCE = 1e-3
-# With which logits cannot tell one class from the others; softmax is known by its values.
-_BOUNDED = (keras.activations.sigmoid, keras.activations.hard_sigmoid, keras.activations.tanh)
+# Which leave out half of what logits can say, or more; softmax is known by its values.
+_NOT_OF_LOGITS = tuple(getattr(keras.activations, name) for name in ("relu", "sigmoid", "hard_sigmoid", "tanh"))
 _Function = Callable[[tuple[int, int, int], int, Config], keras.Model]
 
 
@@ -187,7 +187,8 @@ def _check(name: str, model: keras.Model, input_shape: tuple[int, int, int], num
         found = ", ".join(str(tuple(one.shape)) for one in outputs)
         raise RequestError(f"--model={name}: gives {found}; expected one output, logits {(None, num_classes)}")
     last = getattr(outputs[0], "_keras_history", (None,))[0]
-    if (activation := getattr(last, "activation", None)) in _BOUNDED:
-        raise RequestError(f"--model={name}: ends with {activation.__name__}; expected logits: leave it out")
+    activation = getattr(last, "activation", None)
+    if activation in _NOT_OF_LOGITS:
+        raise RequestError(f"--model={name}: ends with {keras.activations.serialize(activation)}; expected logits: leave it out")
     if not model.trainable_variables:
         raise RequestError(f"--model={name}: has nothing to train")

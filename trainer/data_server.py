@@ -9,6 +9,7 @@ TensorFlow's servers listen on every interface, without authentication: keep the
 
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Any
@@ -20,7 +21,6 @@ from trainer.errors import EXIT_FINISHED, RequestError, Stopped
 
 _LONGEST_JOB_PAUSE_MS = 60_000
 _PATIENCE_SECS = 300.0
-_STOP_WITHIN_SECS = 5.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,7 +48,12 @@ def main(positional: list[str]) -> None:
     served = tf.data.experimental.service
     try:
         if values.dispatcher:
-            service.check(values.dispatcher, _PATIENCE_SECS, flag="--dispatcher")
+            try:
+                service.check(values.dispatcher, _PATIENCE_SECS, flag="--dispatcher", stopped=ended.is_set)
+            except Stopped:
+                if ended.is_set():
+                    return
+                raise
             # As a pod's address in a cluster of IPv6.
             host = f"[{values.address}]" if ":" in values.address else values.address
             config = served.WorkerConfig(
@@ -56,20 +61,22 @@ def main(positional: list[str]) -> None:
                 worker_address=f"{host}:{values.port}",
                 port=values.port,
             )
-            server = served.WorkerServer(config)
+            _server = served.WorkerServer(config)
         else:
-            server = served.DispatchServer(served.DispatcherConfig(port=values.port, job_gc_timeout_ms=_LONGEST_JOB_PAUSE_MS))
+            # gRPC would share it with a dispatcher that is there already.
+            socket.create_server(("", values.port)).close()
+            _server = served.DispatchServer(served.DispatcherConfig(port=values.port, job_gc_timeout_ms=_LONGEST_JOB_PAUSE_MS))
+    except OSError as error:
+        raise Stopped(f"--port={values.port}: cannot serve there: {error.strerror}") from error
     except tf.errors.OpError as error:
         raise Stopped(f"--port={values.port}: cannot serve there: {str(error.message).splitlines()[0]}") from error
     role = f"data worker of {values.dispatcher}" if values.dispatcher else "dispatcher"
     print(f"trainer.data_server: {role}, on port {values.port}", flush=True)
     while not ended.wait(1.0):
         pass
-    # Nothing is to be saved, and a data worker whose dispatcher has ended before would look for it.
-    last = threading.Timer(_STOP_WITHIN_SECS, os._exit, (EXIT_FINISHED,))
-    last.daemon = True
-    last.start()
-    server._stop()
+    # Nothing is to be saved. TensorFlow 2.21's end of a data worker looks for a dispatcher that may have ended before, and holds
+    # Python's lock for the minute that it does.
+    os._exit(EXIT_FINISHED)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
     run = storage.read_json(Path(model_dir) / "config.json") or {}
     options = run.get("config")
     job = options if isinstance(options, dict) else {}
+    if not job and data_dir is None:
+        raise RequestError(f"--model_dir={model_dir}: its config.json, which names its data, cannot be read: give --data_dir")
     own = str(job.get("data_dir", ""))
     data_dir = own if data_dir is None else data_dir
     config = Config(data_dir=data_dir, on_error=on_error or (str(job.get("on_error", "fail")) if data_dir == own else "fail"))

@@ -33,7 +33,10 @@ def load(model_dir: str) -> Model:
         loaded = tf.saved_model.load(str(folder))
     except (tf.errors.OpError, OSError, ValueError, AttributeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
-        raise RequestError(f"--model_dir={model_dir}: {folder} is damaged ({first_line}): run the job's command again") from error
+        raise RequestError(
+            f"--model_dir={model_dir}: {folder} is damaged ({first_line}): remove {Path(model_dir) / 'result.json'} and "
+            "run the job's command again, which writes it anew"
+        ) from error
     signatures = dict(loaded.signatures)
     if "serving_uint8" not in signatures or "image_bytes" not in signatures or not hasattr(loaded, "describe"):
         raise RequestError(f"--model_dir={model_dir}: {folder} was not exported by this version of digitfleet: run the job again")

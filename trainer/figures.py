@@ -126,7 +126,7 @@ def calibration(predictions: Predictions) -> Figure:
     axes.lines[0].set_color(INK)
     axes.legend(loc="best")
     axes.set(xlabel="", ylabel="share of right answers", title=f"expected calibration error {calibration_error(predictions):.2%}")
-    below.hist(predictions.confidence, bins=50, log=True, color=BLUE)
+    below.hist(predictions.confidence, bins=50, range=(0, 1), log=True, color=BLUE)
     below.set(xlabel="confidence", ylabel="examples", xlim=axes.get_xlim())
     return figure
 

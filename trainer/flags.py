@@ -56,7 +56,8 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], *, known_only: boo
         return flag_values(list(argv), known_only=known_only)
     except (flags.Error, ValueError) as error:
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
-        raise RequestError(f"{' '.join(str(error).split())}; see --helpfull") from error
+        text = ": ".join(map(str, error.args)) or str(error)
+        raise RequestError(f"{' '.join(text.split())}; see --helpfull") from error
 
 
 def to_config(flag_values: flags.FlagValues, positional: Sequence[str] = ()) -> Config:

@@ -69,7 +69,7 @@ def run(
         _log.info("%s has finished already; its result stands", model_dir)
         return result
     if config.data_service:
-        service.check(config.data_service, config.rendezvous_timeout)
+        service.check(config.data_service, config.rendezvous_timeout, stopped=lambda: stop.name)
     _tell(machine.inspect(config, len(environment.visible_gpus())))
     layout = choose_layout(config, cluster)
     train_set, validation_set = split_validation(dataset.train, config.validation_fraction)

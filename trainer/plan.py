@@ -67,7 +67,7 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
         accumulation = f" x {config.gradient_accumulation_steps} accumulated parts" if parts > num_replicas else ""
         raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
     if batch > num_examples:
-        raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples")
+        raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples: give no more")
     steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)
     if config.warmup_steps >= steps:
         raise RequestError(

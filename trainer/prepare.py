@@ -162,7 +162,8 @@ def _show(content: dict[str, Any], output: Path) -> None:
     sizes = ", ".join(f"{split['num_examples']} {name}" for name, split in content["splits"].items())
     num_bytes = sum(shard["bytes"] for split in content["splits"].values() for shard in split["shards"])
     say(f"{output}: {sizes} examples of {shape}, {len(content['class_names'])} classes, {num_bytes / 2**20:.1f} MiB")
-    say(f"train on it with: python -m trainer.task --data_dir {output}")
+    scaled = "" if content["image_shape"] else " --image_size HEIGHTxWIDTH"
+    say(f"train on it with: python -m trainer.task --data_dir {output}{scaled}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Dispatcher and data workers are `data_server.py`.
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import threading
 import time
@@ -25,8 +26,9 @@ from trainer.records import DESCRIPTION, Records, is_remote
 from trainer.streaming import Share
 from trainer.tracing import untuned
 
+_log = logging.getLogger("digitfleet")
 _SCHEME = "grpc://"
-_CONNECT_SECS, _RETRY_SECS = 10.0, 0.2
+_CONNECT_SECS, _RETRY_SECS, _REPORT_EVERY_SECS = 10.0, 0.2, 10.0
 # What a data worker reads for one go: short, as steps wait for each other until all before them are there.
 _CHUNK_BYTES = 2**20
 # Chunks that are ahead of one that is missing. More than data workers have at a time, and it is lost.
@@ -36,17 +38,25 @@ _NUM_HASHES, _HASH_KEY = 2**62, [7, 11]
 _lost = threading.Event()
 
 
-def check(address: str, patience: float = 0, *, flag: str = "--data_service") -> None:
-    """Sees whether a dispatcher answers, for so many seconds at most; `flag` is what named it.
+def check(
+    address: str, patience: float = 0, *, flag: str = "--data_service", stopped: Callable[[], object] = lambda: False
+) -> None:
+    """Sees whether a dispatcher answers, for so many seconds at most, and says every ten for what it waits.
+
+    Args:
+        address: of the dispatcher.
+        patience: seconds.
+        flag: what named it.
+        stopped: whether somebody has asked to end.
 
     Raises:
         RequestError: the address is none.
-        Stopped: nothing answers there.
+        Stopped: nothing answers there, or somebody has asked to end.
     """
     host, _, port = address.removeprefix(_SCHEME).rpartition(":")
     if not address.startswith(_SCHEME) or not host or not port.isdecimal() or int(port) > 65_535:
         raise RequestError(f"{flag}={address}: expected {_SCHEME}HOST:PORT, the dispatcher's address")
-    deadline = time.monotonic() + patience
+    began = told = time.monotonic()
     while True:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECS):
@@ -54,8 +64,12 @@ def check(address: str, patience: float = 0, *, flag: str = "--data_service") ->
         except UnicodeError as error:
             raise RequestError(f"{flag}={address}: {host} is no host: {error}") from error
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise Stopped(f"{flag}={address}: nothing answers there ({error.strerror or error})") from error
+            reason, now = f"{flag}={address}: nothing answers there ({error.strerror or error})", time.monotonic()
+            if stopped() or now - began > patience:
+                raise Stopped(reason) from error
+            if now - told > _REPORT_EVERY_SECS:
+                told = now
+                _log.info("waiting: %s (%.0f of %g s)", reason, now - began, patience)
         time.sleep(_RETRY_SECS)
 
 

@@ -34,6 +34,8 @@ def prepare_folder(folder: Path, flag: str = "--model_dir") -> int:
         probe.write_bytes(b"x")
         probe.unlink()
         free = shutil.disk_usage(folder).free
+    except FileExistsError as error:
+        raise RequestError(f"{flag}={folder}: is a file: give a folder") from error
     except OSError as error:
         raise RequestError(f"{flag}={folder}: cannot be written: {error.strerror}") from error
     if free < MIN_FREE_BYTES:
