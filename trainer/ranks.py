@@ -80,7 +80,8 @@ def _exchange(folder: Path, cluster: Cluster, address: str, timeout: float, stop
     while True:
         chief = storage.read_json(folder / "0.json") or {}
         if cluster.is_chief:
-            if chief.get("token") != own:
+            # That a network's file system does not find it for a moment says nothing.
+            if chief.get("token", own) != own:
                 raise _taken(cluster, folder)
             answers = {rank: storage.read_json(folder / f"{rank}.json") or {} for rank in range(1, size)}
             missing = [rank for rank, answer in answers.items() if answer.get("token") != own]
