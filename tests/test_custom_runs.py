@@ -163,15 +163,18 @@ def test_changed_network_is_known_on_several_replicas(module, start_job, tmp_pat
 def test_run_whose_networks_code_has_changed_in_nothing_that_shows_goes_on_with_a_note(
     module, run_here, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run_with(scale: str) -> str:
+    def run_with(scale: str, *, finished: bool = False) -> str:
         sys.modules.pop("mine", None)
         module(START + f"    x = keras.layers.Rescaling({scale})(x)\n" + END)
         caplog.clear()
+        if not finished:
+            (tmp_path / "run" / "result.json").unlink(missing_ok=True)
         with caplog.at_level("INFO", logger="digitfleet"):
             run_here(model="mine:build")
-        (tmp_path / "run" / "result.json").unlink()
         return "\n".join(record.getMessage() for record in caplog.records if record.getMessage().startswith("note"))
 
     assert "this run began with model" not in run_with("1 / 255")
     assert "this run began with model" not in run_with("1 / 255")
     assert re.search(r"this run began with model \w{12}, and goes on with \w{12}", run_with("1 / 25"))
+    # It goes on with nothing.
+    assert "this run began with model" not in run_with("1 / 2", finished=True)

@@ -51,7 +51,7 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
         raise RequestError(f"--model_dir={model_dir} holds a run of another configuration: {difference}: give another folder")
     for name, value in versions(config).items():
         old = before.get("versions", {}).get(name, value)
-        if old != value:
+        if old != value and not finished(model_dir):
             _log.info("note: this run began with %s %s, and goes on with %s: no other run has its weights", name, old, value)
     return int(before["restarts"]) + 1
 
