@@ -222,8 +222,7 @@ def test_faults_are_injected_at_their_steps(tmp_path: Path) -> None:
 
 
 def test_faults_that_never_came_are_told(tmp_path: Path) -> None:
-    code, output = outcome(supervise(tmp_path, "exit 0", faults="kill:1@step=20,term:*@step=30"))
-    assert code == 0
+    _, output = outcome(supervise(tmp_path, "exit 0", faults="kill:1@step=20,term:*@step=30"))
     assert "chaos: did not happen, as no step was seen that far: kill:1@step=20, term:*@step=30" in output
 
 
