@@ -32,6 +32,7 @@ def test_preset_may_be_a_file_of_options(tmp_path: Path) -> None:
         ("early_stopping_patience: 3\nvalidation_fraction: 0", "needs validation examples"),
         ("3", "expected names of options"),
         ("a: b: c", "cannot be read"),
+        ("seed: 1\nepochs: 2\nseed: 3", "seed stands there twice"),
         (None, "cannot be read: No such file"),
     ],
 )

@@ -33,6 +33,8 @@ WRONG_SPACES = {
     "- 1": "expected names of options",
     "{}": "names no option",
     "a: [": "cannot be read",
+    "learning_rate: [0.1]\nepochs: [1]\nlearning_rate: [0.2]": "learning_rate stands there twice",
+    "learning_rate: [1, 0.1, 1.0]": "learning_rate: 1.0 stands there twice",
 }
 
 

@@ -91,6 +91,16 @@ def typed(field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML forbids and PyYAML allows: a name that stands twice, of which the last one would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(flag: str, path: Path) -> dict[str, Any]:
     """The mapping of options to something in the YAML file that a flag names.
 
@@ -98,7 +108,7 @@ def read_yaml(flag: str, path: Path) -> dict[str, Any]:
         RequestError: there is no such file, or something else in it.
     """
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = yaml.load(path.read_bytes(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RequestError(f"--{flag}={path}: cannot be read: {reason}") from error

@@ -65,7 +65,10 @@ def _distribution(field: dataclasses.Field, given: Any) -> BaseDistribution:
         ", or low and high with log: true or step" if type(field.default) in (int, float) else ""
     )
     if isinstance(given, list) and given:
-        return CategoricalDistribution([typed(field, value) for value in given])
+        choices = [typed(field, value) for value in given]
+        if twice := [value for value in choices if choices.count(value) > 1]:
+            raise RequestError(f"{field.name}: {twice[0]} stands there twice")
+        return CategoricalDistribution(choices)
     if not isinstance(given, dict) or type(field.default) not in (int, float):
         raise RequestError(wanted)
     if not {"low", "high"} <= set(given) <= {"low", "high", "log", "step"} or not isinstance(given.get("log", False), bool):
