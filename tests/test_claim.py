@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import machine
+from trainer import machine, storage
 from trainer.errors import RequestError
 
 
@@ -77,3 +77,30 @@ def test_folder_of_other_data_is_refused(run_here, stopped_late: Path, tmp_path:
 def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, stopped_late: Path) -> None:
     with pytest.raises(RequestError, match="--noresume"):
         run_here(epochs=3, resume=False)
+
+
+@pytest.mark.e2e
+def test_folder_that_is_removed_under_a_job_is_not_made_anew(start_job) -> None:
+    job = start_job(epochs=2000)
+    job.wait_for(lambda: job.step() >= 20, "step 20")
+    moved = job.model_dir.rename(job.model_dir.with_name("moved"))
+    assert job.wait() == 2
+    last = job.log.read_text().splitlines()[-1]
+    assert f"--model_dir={job.model_dir} has lost its config.json while this job was running" in last
+    assert not job.model_dir.exists()
+    assert json.loads((moved / "config.json").read_text())["starts"][-1].keys() == {"id", "time", "num_replicas", "step"}
+
+
+@pytest.mark.e2e
+def test_job_whose_folder_another_process_has_taken_leaves_it_alone(start_job) -> None:
+    """As on a file system without locks, or where a pod's node comes back that was taken for lost."""
+    job = start_job(epochs=2000)
+    job.wait_for(lambda: job.step() >= 20, "step 20")
+    path = job.model_dir / "config.json"
+    content = json.loads(path.read_text())
+    content["starts"].append({**content["starts"][0], "id": "another"})
+    storage.write_json(path, content)
+    assert job.wait() == 75
+    last = job.log.read_text().splitlines()[-1]
+    assert f"--model_dir={job.model_dir} was taken by another process: this one writes nothing more there" in last
+    assert json.loads(path.read_text()) == content, "how this one ended is nothing of the other's"

@@ -54,11 +54,17 @@ class Progress:
 class Checkpoints:
     """Saves and restores one job's state in `model_dir`/checkpoints."""
 
-    def __init__(self, model_dir: Path, state: State, *, keep: int, is_chief: bool) -> None:
+    def __init__(
+        self, model_dir: Path, state: State, *, keep: int, is_chief: bool, check: Callable[[], object] = lambda: None
+    ) -> None:
         self._folder = model_dir / "checkpoints"
+        if is_chief:
+            self._folder.mkdir(exist_ok=True)
         self._state = state
         self._keep = keep
         self._is_chief = is_chief
+        # Raises where the folder is not this job's any more.
+        self._check = check
         # What layers of a user's draw numbers from, which Keras 3.15 keeps where TensorFlow's checkpoints do not look.
         seeds = [variable.value for variable in state.model.variables if variable.name == "seed_generator_state"]
         more = {"seeds": seeds} if seeds else {}
@@ -168,7 +174,13 @@ class Checkpoints:
 
     def _write(self, path: Path, fill: Callable[[Path], None]) -> None:
         with storage.stop_when_full(f"checkpoint {path.name}", self.describe, tf.errors.OpError):
-            storage.write_folder(path, fill)
+            self._check()
+            try:
+                storage.write_folder(path, fill)
+            except (OSError, tf.errors.OpError):
+                # A folder that goes while it is written to is another story than a full disk.
+                self._check()
+                raise
 
     def _prune(self) -> None:
         # What stays, as on NFS where somebody reads it, goes the next time: no job ends for that.

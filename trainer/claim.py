@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import platform
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import tensorflow as tf
 
 from trainer import __version__, custom, storage
 from trainer.config import PRECISIONS, Config
-from trainer.errors import JobError, RequestError
+from trainer.errors import JobError, RequestError, Stopped
 from trainer.topology import Topology
 
 _log = logging.getLogger("digitfleet")
@@ -104,12 +106,14 @@ class Start:
     """
 
     def __init__(self, model_dir: Path) -> None:
-        self._path, self._written = model_dir / _CONFIG, False
+        self._path, self._id = model_dir / _CONFIG, ""
 
     def write(self, config: Config, data_sha256: str, restarts: int, topology: Topology) -> None:
         """Writes config.json: from now on the folder is this run's."""
         before = storage.read_json(self._path) or {}
-        start = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_replicas": topology.num_replicas}
+        self._id = secrets.token_hex(8)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        start = {"id": self._id, "time": now, "num_replicas": topology.num_replicas}
         content = {
             "config": dataclasses.asdict(config),
             "data_sha256": data_sha256,
@@ -124,14 +128,35 @@ class Start:
             "starts": [*(before.get("starts", []) if restarts else []), start],
         }
         storage.write_json(self._path, content)
-        self._written = True
 
     def note(self, **values: Any) -> None:
-        """Adds to the entry, once there is one: the step that training goes on from, or how it ended."""
-        content = storage.read_json(self._path) if self._written else None
-        if content:
+        """Adds to the entry, once there is one: the step that training goes on from, or how it ended.
+
+        Raises:
+            RequestError, Stopped: as `check`.
+        """
+        if self._id:
+            content = self.check()
             content["starts"][-1].update(values)
             storage.write_json(self._path, content)
+
+    def check(self) -> dict[str, Any]:
+        """The content of config.json, in which this entry is the last; asked before anything is written beside it.
+
+        Raises:
+            RequestError: the folder was removed or moved while the job was running.
+            Stopped: another process goes on there: file systems without locks let it, and so does one whose node was lost.
+        """
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise RequestError(
+                f"--model_dir={self._path.parent} has lost its {_CONFIG} while this job was running, as one that is removed or "
+                "moved: nothing more is written there"
+            ) from error
+        if content["starts"][-1].get("id") != self._id:
+            raise Stopped(f"--model_dir={self._path.parent} was taken by another process: this one writes nothing more there")
+        return content
 
     def __enter__(self) -> "Start":
         return self

@@ -120,7 +120,7 @@ def _train(
     state, plain = make_state(config, plan, dataset, topology)
     agreement = Agreement(state, topology.num_replicas, cluster)
     sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
-    checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief)
+    checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief, check=start.check)
     progress = checkpoints.restore_latest() or Progress()
     steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
     agreement.check_steps(np.asarray(steps_restored), config.model_dir)
@@ -171,6 +171,7 @@ def _train(
                 recording.write({"step": weights_step, "epoch": plan.epochs_at(weights_step), "split": "test",
                                  "loss": result["test_loss"], "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
+                start.check()
                 _export(plain, state, dataset, model_dir)
             split, shown = ("test", test_set) if config.test else ("validation", validation_set)
             if config.report and not shown:

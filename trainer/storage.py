@@ -140,19 +140,21 @@ def _lock(file: IO[str], *, wait: bool = False) -> bool:
 
 def _remove_if_unused(folder: Path, lock: Path) -> None:
     """Takes a folder away in which a refused job has left nothing."""
-    if list(folder.iterdir()) == [lock]:
-        lock.unlink()
-        folder.rmdir()
+    # It may have been removed by somebody else.
+    with contextlib.suppress(FileNotFoundError):
+        if list(folder.iterdir()) == [lock]:
+            lock.unlink()
+            folder.rmdir()
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replaces the folder `target` by one that `fill` has written; a crash never leaves half of one.
+    """Replaces the folder `target`, in one that is there, by one that `fill` has written; a crash never leaves half of one.
 
     Folders cannot be exchanged in one step: a crash between two renames leaves the old one as `.NAME.old`.
     """
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         fill(temporary)
         for path in temporary.rglob("*"):
