@@ -1,5 +1,7 @@
 """What is on disk after a crash, and after damage, is gone on from."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,37 @@ def test_crash_between_two_renames_loses_nothing(
     assert folder.exists()
     checkpoints.remove_newer(2)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def stale(*_: object, **__: object) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_newest_checkpoint_that_is_not_read_this_time_is_neither_passed_over_nor_removed(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        with pytest.raises(Stopped, match=r"step-00000002 cannot be read \(Stale file handle\): .*, move it elsewhere"):
+            checkpoints.restore_latest()
+    assert checkpoints.restore_latest().step == 2
+
+
+def test_storage_that_fails_is_told_although_it_does_not_show_what_is_safe(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", stale)
+    checkpoints.save(Progress(step=3))
+    monkeypatch.setattr(storage, "write_folder", stale)
+    words = r"checkpoint step-00000004 cannot be written \(Stale file handle\): which checkpoints there are cannot be seen"
+    with pytest.raises(Stopped, match=words):
+        checkpoints.save(Progress(step=4))
+
+
+def test_copy_beside_the_checkpoints_is_none(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints" / "step-00000009.bak"
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000002", copy)
+    checkpoints.save(Progress(step=3))
+    assert checkpoints.restore_latest().step == 3
+    checkpoints.remove_newer(3)
+    assert copy.exists()

@@ -1,5 +1,6 @@
 """Whose folder is it? A run goes on in its own folder, and nobody else's is touched."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_folder_of_other_data_is_refused(run_here, stopped_late: Path, tmp_path:
 def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, stopped_late: Path) -> None:
     with pytest.raises(RequestError, match="--noresume"):
         run_here(epochs=3, resume=False)
+
+
+def test_config_that_cannot_be_read_this_time_is_no_other_runs(run_here, stopped_late: Path, monkeypatch) -> None:
+    read = Path.read_text
+
+    def stale(path: Path, *arguments: object, **named: object) -> str:
+        if path.name == "config.json":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(RequestError, match=r"config\.json: cannot be read: Stale file handle") as caught:
+        run_here(epochs=3)
+    assert caught.value.exit_code == 75
 
 
 @pytest.mark.e2e

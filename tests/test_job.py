@@ -171,8 +171,10 @@ def test_all_checkpoints_damaged_is_no_new_start_and_none_to_repeat(run_here, st
 def test_checkpoints_that_cannot_be_read_this_time_are_a_stop(run_here, stopped_late: Path, monkeypatch) -> None:
     error = tf.errors.UnknownError(None, None, "Input/output error")
     monkeypatch.setattr(tf.train.Checkpoint, "read", Mock(side_effect=error))
-    with pytest.raises(Stopped, match="every checkpoint"):
+    before = checkpoints_in(stopped_late)
+    with pytest.raises(Stopped, match=rf"{before[-1]} cannot be read \(Input/output error\)"):
         run_here(epochs=3)
+    assert checkpoints_in(stopped_late) == before
 
 
 def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Path, caplog) -> None:

@@ -110,6 +110,17 @@ def test_storage_that_fails_is_no_wrong_request(number: int, code: int) -> None:
     assert caught.value.exit_code == code
 
 
+def test_folder_that_cannot_be_seen_at_the_end_does_not_hide_how_the_job_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(Stopped, match="the disk is full"), storage.exclusive(tmp_path, needed=True):  # noqa: PT012
+        monkeypatch.setattr(Path, "iterdir", stale)
+        raise Stopped("the disk is full")
+
+
 def test_reason_of_an_error_within_a_graph_is_what_is_wrong() -> None:
     text = (
         "Graph execution error:\n\nDetected at node SaveV2 defined at (most recent call last):\n"

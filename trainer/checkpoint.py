@@ -8,6 +8,7 @@ TensorFlow's own format, whose checksums find damage. There is no other random s
 follows from seed and position.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer import storage
-from trainer.errors import RequestError, Stopped
+from trainer.errors import RequestError, Stopped, is_fault
 from trainer.steps import State
 from trainer.tracing import graph
 
@@ -81,7 +82,10 @@ class Checkpoints:
 
     def describe(self) -> str:
         """What is safe, for messages."""
-        step = self.latest_step()
+        try:
+            step = self.latest_step()
+        except OSError as error:
+            return f"which checkpoints there are cannot be seen ({storage.reason_of(error)})"
         return "no checkpoint yet" if step is None else f"the last good checkpoint is {self._path('step', step)}"
 
     def save(self, progress: Progress) -> None:
@@ -94,7 +98,9 @@ class Checkpoints:
             (folder / "loop.json").write_text(json.dumps(dataclasses.asdict(progress)))
 
         self._write(self._path("step", progress.step), fill)
-        self._prune()
+        # What stays, as on NFS where somebody reads it, goes the next time: no job ends for that.
+        with contextlib.suppress(OSError):
+            self._prune()
 
     def save_best(self, step: int) -> None:
         """Saves the inference weights as the best so far."""
@@ -122,7 +128,7 @@ class Checkpoints:
         Raises:
             RequestError: the newest that is whole has other variables than this job.
                 Or all are damaged: no new start changes that.
-            Stopped: none can be read, because the storage has failed.
+            Stopped: the storage has failed: what it does not give this time may be whole.
         """
         self._recover()
         damage: BaseException | None = None
@@ -144,16 +150,20 @@ class Checkpoints:
                         f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
+                if is_fault(error) or isinstance(error, _FAILED):
+                    raise Stopped(
+                        f"checkpoint {path} cannot be read ({storage.reason_of(error)}): where that stays so, move it elsewhere "
+                        "to go on from the one before it"
+                    ) from error
                 _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, storage.reason_of(error))
                 damage = error
                 continue
             return progress
         if damage is None:
             return None
-        text = f"every checkpoint in {self._folder} is damaged: bring one back, or give another --model_dir to start again"
-        if isinstance(damage, _FAILED):
-            raise Stopped(text) from damage
-        raise RequestError(text) from damage
+        raise RequestError(
+            f"every checkpoint in {self._folder} is damaged: bring one back, or give another --model_dir to start again"
+        ) from damage
 
     def remove_newer(self, step: int) -> None:
         """Removes checkpoints after `step`, damaged ones that training passes again, and what a crash left half written."""
@@ -183,7 +193,6 @@ class Checkpoints:
                 raise
 
     def _prune(self) -> None:
-        # What stays, as on NFS where somebody reads it, goes the next time: no job ends for that.
         steps = self._steps("step")
         for step in steps[: -self._keep]:
             shutil.rmtree(self._path("step", step), ignore_errors=True)
@@ -197,7 +206,9 @@ class Checkpoints:
         return self._folder / f"{kind}-{step:08d}"
 
     def _steps(self, kind: str) -> list[int]:
-        return sorted(int(path.name.removeprefix(f"{kind}-")) for path in self._folder.glob(f"{kind}-*"))
+        names = (path.name.removeprefix(f"{kind}-") for path in self._folder.glob(f"{kind}-*"))
+        # Somebody may have put a copy beside them.
+        return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import platform
 import secrets
@@ -60,7 +59,7 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
 
 def _read(model_dir: Path) -> dict[str, Any] | None:
     """The content of config.json, or None if there is none or it is no run's."""
-    content = storage.read_json(model_dir / _CONFIG)
+    content = storage.read_json(model_dir / _CONFIG, strict=True)
     return content if content and isinstance(content.get("config"), dict) else None
 
 
@@ -78,7 +77,7 @@ def precision(model_dir: Path) -> str | None:
 
 def finished(model_dir: Path) -> dict[str, Any] | None:
     """The result of the run in `model_dir`, if it has come to its end."""
-    return storage.read_json(model_dir / _RESULT)
+    return storage.read_json(model_dir / _RESULT, strict=True)
 
 
 def finish(model_dir: Path, result: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ class Start:
 
     def write(self, config: Config, data_sha256: str, restarts: int, topology: Topology) -> None:
         """Writes config.json: from now on the folder is this run's."""
-        before = storage.read_json(self._path) or {}
+        before = storage.read_json(self._path, strict=True) or {}
         self._id = secrets.token_hex(8)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         start = {"id": self._id, "time": now, "num_replicas": topology.num_replicas}
@@ -147,13 +146,12 @@ class Start:
             RequestError: the folder was removed or moved while the job was running.
             Stopped: another process goes on there: file systems without locks let it, and so does one whose node was lost.
         """
-        try:
-            content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError) as error:
+        content = storage.read_json(self._path, strict=True)
+        if content is None:
             raise RequestError(
                 f"--model_dir={self._path.parent} has lost its {_CONFIG} while this job was running, as one that is removed or "
                 "moved: nothing more is written there"
-            ) from error
+            )
         if content["starts"][-1].get("id") != self._id:
             raise Stopped(f"--model_dir={self._path.parent} was taken by another process: this one writes nothing more there")
         return content

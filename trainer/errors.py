@@ -15,6 +15,11 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start me again and I go on.
 _FAULTS = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
 
 
+def is_fault(error: BaseException | None) -> bool:
+    """Whether the storage has failed, rather than that it has not what was asked for."""
+    return isinstance(error, OSError) and error.errno in _FAULTS
+
+
 class JobError(Exception):
     """A known end of a job. The message is one line that says what is wrong and how to mend it."""
 
@@ -34,8 +39,7 @@ class RequestError(JobError):
     @property
     def exit_code(self) -> int:
         """That the request is wrong, unless it is the storage that has failed: schedulers start the job again then."""
-        failed = isinstance(self.__cause__, OSError) and self.__cause__.errno in _FAULTS
-        return EXIT_STOPPED if failed else self._exit_code
+        return EXIT_STOPPED if is_fault(self.__cause__) else self._exit_code
 
 
 class Stopped(JobError):

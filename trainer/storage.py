@@ -140,8 +140,8 @@ def _lock(file: IO[str], *, wait: bool = False) -> bool:
 
 def _remove_if_unused(folder: Path, lock: Path) -> None:
     """Takes a folder away in which a refused job has left nothing."""
-    # It may have been removed by somebody else.
-    with contextlib.suppress(FileNotFoundError):
+    # It may have been removed by somebody else, or the storage has failed: the job's end is another story.
+    with contextlib.suppress(OSError):
         if list(folder.iterdir()) == [lock]:
             lock.unlink()
             folder.rmdir()
@@ -204,11 +204,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None if there is none or it is damaged."""
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
+    """The object in a JSON file, or None if there is none or it is damaged.
+
+    Args:
+        path: the file.
+        strict: whether one that cannot be read is an error rather than none.
+
+    Raises:
+        RequestError: it is there, and cannot be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        if strict:
+            raise RequestError(f"{path}: cannot be read: {reason_of(error)}") from error
         return None
     return content if isinstance(content, dict) else None
 
