@@ -122,7 +122,7 @@ def _cluster(namespace: str = "") -> Kubectl:
 def _render(task: list[str]) -> None:
     objects = render(_request(task, flags.FLAGS.namespace))
     if not flags.FLAGS.output:
-        print(manifests.dump(objects), end="")
+        cli.show(manifests.dump(objects).rstrip("\n"))
         return
     folder = Path(flags.FLAGS.output)
     try:
@@ -141,7 +141,7 @@ def _submit(task: list[str]) -> None:
     # Before the cluster is asked: a mistake is told at once, and without one.
     cluster = _cluster(namespace_of(render(_request(task, values.namespace))))
     request = _request(task, cluster.namespace)
-    made = submission.submit(cluster, request, replace=values.replace, dry_run=values.dry_run, show=print, say=_say)
+    made = submission.submit(cluster, request, replace=values.replace, dry_run=values.dry_run, show=cli.show, say=_say)
     for found in made:
         _say(f"created {found['kind']} {found['metadata']['name']}")
     if not made:
@@ -160,10 +160,10 @@ def _status(task: list[str]) -> None:
     found = [status.find(cluster, flags.FLAGS.name)] if flags.FLAGS.name else status.find_all(cluster)
     reports = [status.read(cluster, one) for one in found]
     if flags.FLAGS.format == "json":
-        print(json.dumps([status.as_json(report) for report in reports]))
+        cli.show(json.dumps([status.as_json(report) for report in reports]))
         return
     if not reports:
-        print(f"no jobs in the namespace {cluster.namespace}")
+        cli.show(f"no jobs in the namespace {cluster.namespace}")
     for report in reports:
         _print_status(report)
 
@@ -173,7 +173,7 @@ def _print_status(report: status.Status) -> None:
     why = f": {report.why}" if report.why else ""
     again = f", {report.restarts} times started again" if report.restarts else ""
     done = f", {report.done} done" if report.done else ""
-    print(f"{report.name}: {report.kind}, {report.state}, {running} of {report.num_workers} workers running{done}{again}{why}")
+    cli.show(f"{report.name}: {report.kind}, {report.state}, {running} of {report.num_workers} workers running{done}{again}{why}")
     console = Console(width=None if sys.stdout.isatty() else 240)
     table = Table(box=None, pad_edge=False)
     for heading in ("worker", "phase", "restarts", "node", "why"):
@@ -181,13 +181,15 @@ def _print_status(report: status.Status) -> None:
     for worker in report.workers:
         table.add_row(str(worker.index), worker.phase, str(worker.restarts), worker.node or "-", escape(worker.why))
     if report.workers:
-        console.print(table)
+        with console.capture() as drawn:
+            console.print(table)
+        cli.show(drawn.get().rstrip("\n"))
     if report.progress:
         progress = report.progress
         speed = f"{progress['images_per_second']:.0f} images/s" if progress["images_per_second"] else "compiling"
-        print(f"step {progress['step']:.0f}  epoch {progress['epoch']:.2f}  {speed}  {progress['seconds_left']:.0f} s left")
+        cli.show(f"step {progress['step']:.0f}  epoch {progress['epoch']:.2f}  {speed}  {progress['seconds_left']:.0f} s left")
     if report.result:
-        print(report.result)
+        cli.show(report.result)
 
 
 def _logs(task: list[str]) -> None:

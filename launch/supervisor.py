@@ -138,7 +138,7 @@ class Supervisor:
         self._lost.fault()
         self._say("; ".join(f"data server {index} {_words(code)}" for index, code in ended) + ": ending all")
         workers.signal(signal.SIGTERM)
-        workers.wait(_END_TOGETHER_SECS, lambda: len(self._asked) > 1)
+        workers.wait(self._job.grace_period_secs + _END_TOGETHER_SECS, lambda: len(self._asked) > 1)
 
     def _start(self, data_service: str) -> Workers:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(self._job.environments))]

@@ -1,18 +1,16 @@
 """The processes of one attempt: started together, logged line by line, ended together, none left behind."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
+from trainer import children
 
 
 class Workers:
@@ -56,7 +54,8 @@ class Workers:
             errors="replace",
             # Ctrl-C is for the launcher alone, which passes it on: a worker that gets two ends without saving.
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            # What is on disk is whole at any time.
+            preexec_fn=children.ending_with_this(),
         )
         self.processes.append(process)
         self._threads.append(threading.Thread(target=self._read, args=(index, process.stdout, log), daemon=True))
@@ -118,12 +117,3 @@ def _is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent() -> None:
-    """In the child: the kernel kills it when the launcher is killed itself. What is on disk is whole at any time."""
-    if _LIBC:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

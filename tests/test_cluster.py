@@ -304,6 +304,15 @@ def test_contradictions_between_flags_cluster_and_devices_are_refused(
         choose_strategy(from_preset("fast", options), Cluster("TF_CONFIG", tuple(WORKERS[:workers]), 0), num_gpus)
 
 
+def test_step_timeout_that_is_shorter_than_workers_speak_is_refused() -> None:
+    from trainer.topology import choose_layout
+
+    for seconds, workers in ((0.5, 1), (3, 3), (0, 3)):
+        assert choose_layout(from_preset("fast", {"step_timeout": seconds}), Cluster("TF_CONFIG", tuple(WORKERS[:workers]), 0))
+    with pytest.raises(RequestError, match=r"--step_timeout=0.5: several workers .* at least 3, or 0 for never"):
+        choose_layout(from_preset("fast", {"step_timeout": 0.5}), Cluster("TF_CONFIG", tuple(WORKERS), 0))
+
+
 @pytest.mark.parametrize(
     ("chosen", "nodes", "expected"),
     [(None, ["nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"], ["0", "1"]), (None, [], []),

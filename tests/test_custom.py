@@ -180,6 +180,18 @@ def test_regularizers_of_a_networks_weights_are_trained_on_as_l2_is(module) -> N
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_weight_decay_is_of_kernels_alone_as_l2_is(module) -> None:
+    module(START + "    x = keras.layers.RMSNormalization()(keras.layers.PReLU()(keras.layers.Dense(8)(x)))\n" + END)
+    options = {"model": "mine:build", "optimizer": "sgd", "learning_rate": 0.01}
+    _, plain, state = train(1, num_steps=1, **options)
+    _, decayed, _ = train(1, num_steps=1, weight_decay=0.1, **options)
+    changed = {
+        variable.name: bool((one != other).any())
+        for variable, one, other in zip(state.model.trainable_variables, plain, decayed, strict=False)
+    }
+    assert changed == {"kernel": True, "bias": False, "alpha": False, "scale": False}
+
+
 UNUSUAL = (
     START + "    steps = keras.layers.Dense(1)(x)\n    x = keras.layers.Dense(4)(x)\n"
     "    places = keras.layers.Embedding(4, 4)(keras.ops.cast(keras.ops.ones_like(x), 'int32') * keras.ops.arange(4))\n"

@@ -78,9 +78,11 @@ class Center(keras.layers.Layer):
 """
 
 
-def test_state_of_a_layers_own_is_averaged_over_replicas(module, start_job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_state_of_a_layers_own_is_averaged_over_replicas(ema_decay: float, module, start_job, tmp_path: Path) -> None:
     module("import keras" + STATE + START + "    x = Center()(keras.layers.Rescaling(1 / 255)(x))\n" + END)
-    options = {"model": "mine:build", "num_devices": 2, "strategy": "mirrored", "checkpoint_every_steps": 5, "epochs": 1}
+    options = {"model": "mine:build", "num_devices": 2, "strategy": "mirrored", "checkpoint_every_steps": 5, "epochs": 1,
+               "ema_decay": ema_decay}  # fmt: skip
     start_job({"PYTHONPATH": str(tmp_path)}, **options).finish()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     importlib.import_module("mine")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import pipeline, records, shards
+from trainer import machine, pipeline, records, shards
 from trainer.collection import Collection, Images, Split
 from trainer.convert import convert
 from trainer.dataset import Examples, Part
@@ -72,6 +72,22 @@ def test_every_epoch_holds_every_example_once_in_an_order_of_its_own(batch: int,
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM))
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 1), (2, 4)])
+def test_first_images_are_those_of_the_first_steps(num_pipelines: int, num_replicas: int) -> None:
+    for index in range(num_pipelines):
+        context = tf.distribute.InputContext(num_pipelines, index, num_replicas)
+        read = list(pipeline.train_dataset_fn(EXAMPLES, 24, 0, 7)(context).take(6).map(lambda images, *_: images))
+        np.testing.assert_array_equal(pipeline.first_images(EXAMPLES, 24, 6, 7, context), read)
+
+
+def test_examples_in_memory_are_there_once_more_for_tensorflow() -> None:
+    examples = Examples(np.ones((2**13, 64, 64, 3), np.uint8), np.zeros(2**13, np.int32))
+    before = machine.memory()["memory_mib"]
+    tensors = pipeline._tensors(examples)
+    assert machine.memory()["memory_mib"] - before < 1.5 * examples.images.nbytes / 2**20
+    assert len(tensors[0]) == len(examples)
 
 
 @pytest.mark.parametrize("first_step", [1, 5, 8])

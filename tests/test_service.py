@@ -131,6 +131,12 @@ def test_dispatcher_that_does_not_answer_is_told() -> None:
         service.check(f"grpc://127.0.0.1:{port}")
 
 
+def test_step_that_an_earlier_job_of_this_process_has_lost_is_no_news_of_this_one(servers: Servers) -> None:
+    service._lost.set()
+    with pytest.raises(tf.errors.InternalError), service.loss_told(servers.address):
+        raise tf.errors.InternalError(None, None, "a defect")
+
+
 def test_wait_for_a_dispatcher_is_told_and_ends_on_request(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,17 @@ def test_folder_that_cannot_be_seen_at_the_end_does_not_hide_how_the_job_ended(
         raise Stopped("the disk is full")
 
 
+def test_who_waits_for_a_folder_ends_when_asked_to(tmp_path: Path) -> None:
+    looks = iter([False, True])
+    with storage.exclusive(tmp_path, needed=True):  # noqa: SIM117
+        with pytest.raises(Stopped, match=r"another job is writing there, still after [01] s"):
+            with storage.exclusive(tmp_path, needed=True, patience=100, stopped=lambda: next(looks)):
+                pytest.fail("there are two")
+    looks = iter([False, True])
+    with pytest.raises(Stopped, match=r"stopped before .* showed what worker 0 has written"):
+        storage.wait_for_token(tmp_path, "1", "worker 0", lambda: next(looks))
+
+
 def test_reason_of_an_error_within_a_graph_is_what_is_wrong() -> None:
     text = (
         "Graph execution error:\n\nDetected at node SaveV2 defined at (most recent call last):\n"

@@ -150,6 +150,24 @@ def test_workers_end_together(pair: tuple[Peer, Peer]) -> None:
     assert not late.trouble
 
 
+def test_who_is_at_the_end_waits_as_long_as_the_others_move(pair: tuple[Peer, Peer], ended: list[str]) -> None:
+    clock = Clock(0.01)
+    with Watch([pair[0]], 5, clock=clock) as watch:
+        waiting = threading.Thread(target=watch.end_together, daemon=True)
+        waiting.start()
+        for number in range(1, 40):
+            pair[1].say({"beat": number, "doing": "writing the report"})
+            with watch._changed:
+                assert watch._changed.wait_for(lambda number=number: pair[0].beat == number, 20)
+            clock.now += 1.5
+        assert clock.now > 50, "longer than its own limit"
+        assert waiting.is_alive()
+        assert not watch.trouble
+        pair[1].say({"done": True})
+        waiting.join(20)
+        assert not waiting.is_alive()
+
+
 def test_peer_that_leaves_before_the_end_is_a_failure(pair: tuple[Peer, Peer], ended: list[str]) -> None:
     with Watch([pair[0]], 600) as watch:
         pair[1].close()

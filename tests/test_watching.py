@@ -165,8 +165,11 @@ def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
     assert "cannot be written" in storage.read_json(tmp_path / "run/config.json")["starts"][-1]["ended"]  # type: ignore[index]
 
 
-def test_report_that_cannot_be_drawn_costs_nothing_else(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "of_predictions", Mock(side_effect=ZeroDivisionError))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), tf.errors.InternalError(None, None, "cuDNN")], ids=type)
+def test_report_that_cannot_be_drawn_costs_nothing_else(
+    error: Exception, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "of_predictions", Mock(side_effect=error))
     assert run_here(report=True)["steps"] == 32
     assert (tmp_path / "run/result.json").exists()
     assert (tmp_path / "run/export/saved_model.pb").exists()

@@ -29,6 +29,9 @@ _DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, Lo
 # What TensorFlow raises where files could not be read this time, whatever is in them.
 _FAILED = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
 
+# What TensorFlow raises where files cannot be written. Others are a defect of what was to be computed or traced.
+WRITE_ERRORS = (*_FAILED, tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError,
+                tf.errors.NotFoundError, tf.errors.DataLossError)  # fmt: skip
 # Of TensorFlow's variables, and of Keras's on several replicas.
 _OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
 

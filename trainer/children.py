@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trainer import cli, cluster
 
 _PR_SET_PDEATHSIG = 1
 # Loaded now: between fork and exec of a process with threads, loading may wait for ever.
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
@@ -44,9 +45,23 @@ def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     # Nor a SIGTERM that a launcher sends to the whole group: who started it decides, and it ends with that one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _LIBC:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cluster.hide_gpus()
     prepare(*arguments)
+
+
+def ending_with_this() -> Callable[[], None]:
+    """For `subprocess.Popen(preexec_fn=...)`: the kernel kills the child when the thread that starts it ends."""
+    parent = os.getpid()
+
+    def end_with_parent() -> None:
+        if _LIBC:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # It was gone before the system was asked.
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return end_with_parent
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -54,13 +69,6 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 
     The thread that calls this must last as long as the program: the system ends the one with the other.
     """
-    parent = os.getpid()
-
-    def end_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # It was gone before the system was asked.
-            os.kill(os.getpid(), signal.SIGKILL)
-
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,
@@ -69,7 +77,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=ending_with_this(),
         )
 
 

@@ -46,14 +46,14 @@ def _default_text(field: dataclasses.Field) -> str:
     return f"{default}; preset {', '.join(presets)}" if presets else f"{default}"
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str], *, known_only: bool = False) -> list[str]:
-    """Parses `argv` and returns what is no flag, and with `known_only` also flags that are not known here.
+def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses `argv` and returns what is no flag.
 
     Raises:
         RequestError: an unknown flag or a value of the wrong type.
     """
     try:
-        return flag_values(list(argv), known_only=known_only)
+        return flag_values(list(argv))
     except (flags.Error, ValueError) as error:
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
         text = ": ".join(map(str, error.args)) or str(error)

@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer import claim, custom, exchange, loading, machine, pipeline, precise_bn, preflight, service, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
-from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import WRITE_ERRORS, Checkpoints, Progress
 from trainer.collectives import PEER_ERRORS
 from trainer.config import Config
 from trainer.dataset import Dataset, Part, split_validation
@@ -152,8 +152,6 @@ def _train(
         validate=evaluate(validation_set) if validation_set else None,
         exchange_secs=exchange_secs,
         profile_dir=model_dir / "tensorboard" / (f"worker-{cluster.index}" if cluster.index else ""),
-        observe=recording.observe,
-        write_histograms=recording.histograms_of(state),
     )
     keep(work)
     with recording:
@@ -166,7 +164,7 @@ def _train(
         result = _result(config, plan, topology, progress, restarts, dataset.skipped, test, validation, selected)
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
         watch.feed("exporting", compiles=True)
-        with storage.stop_when_full("the result", checkpoints.describe, tf.errors.OpError):
+        with storage.stop_when_full("the result", checkpoints.describe, *WRITE_ERRORS):
             if config.test:
                 recording.write({"step": weights_step, "epoch": plan.epochs_at(weights_step), "split": "test",
                                  "loss": result["test_loss"], "accuracy": result["test_accuracy"]})  # fmt: skip

@@ -35,10 +35,7 @@ Evaluation = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Work:
-    """The functions that the loop drives. All workers call them in the same order: most of them are collective.
-
-    Not so the last ones, which are the chief's affair: seconds of each step, and the time for histograms.
-    """
+    """The functions that the loop drives. All workers call them in the same order: most of them are collective."""
 
     train: TrainLoop
     iterator: Any
@@ -50,8 +47,6 @@ class Work:
     validate: Evaluation | None
     exchange_secs: float
     profile_dir: Path
-    observe: Callable[[np.ndarray], None] = lambda _: None
-    write_histograms: Callable[[int], None] = lambda _: None
 
 
 class Loop:
@@ -144,20 +139,19 @@ class Loop:
         # What all workers must know travels in one sum: each step's numbers, who is asked to stop, the checksums.
         compared = self._is_due(boundary) or self._is_epoch_end(boundary)  # What is saved then is good.
         checksums = self._agreement.checksums() if compared else np.zeros([0])
-        values = np.concatenate([np.ravel(rows), [float(bool(self._stop.name))], wish, checksums])
-        totals = self._work.sum_over_workers(tf.constant(values)).numpy()
+        parts = [np.ravel(rows), np.array([float(bool(self._stop.name))]), wish, checksums]
+        totals = self._work.sum_over_workers(tf.constant(np.concatenate(parts))).numpy()
         seconds = time.perf_counter() - started
-        size = num_steps * TRAIN_COLUMNS
-        steps, asked = totals[:size].reshape(-1, TRAIN_COLUMNS), totals[size]
-        self._pace.agree(totals[size + 1 : size + 1 + len(wish)])
+        numbers, (asked,), wishes, checksums = np.split(totals, np.cumsum([len(part) for part in parts])[:-1])
+        steps = numbers.reshape(-1, TRAIN_COLUMNS)
+        self._pace.agree(wishes)
         # By the wall clock where TensorFlow tells no time.
         steps[:, STEP_SECS] = np.where(np.isnan(steps[:, STEP_SECS]), seconds / num_steps, steps[:, STEP_SECS])
         self._check_finite(steps)
         if asked and not compared:
-            checksums = self._agreement.checksums()
-            totals = self._work.sum_over_workers(tf.constant(checksums)).numpy()
+            checksums = self._work.sum_over_workers(tf.constant(self._agreement.checksums())).numpy()
         if asked or compared:
-            self._agreement.check_checksums(totals[-len(checksums) :], boundary)
+            self._agreement.check_checksums(checksums, boundary)
         progress.step = boundary
         progress.train_seconds += seconds
         speed: dict[str, float | None] = {"images_per_second": None}
@@ -167,13 +161,13 @@ class Loop:
             times = StepTimes.of(steps, self._work.exchange_secs)
             speed = {"images_per_second": num_steps * self._config.global_batch_size / seconds, **times.record()}
             self._work.advise(seconds / num_steps)
-            self._work.observe(steps[:, STEP_SECS])
+            self._recording.observe(steps[:, STEP_SECS])
             self._profiler.observe(steps, self._work.exchange_secs)
         self._warm = True
         self._write("train", steps.sum(axis=0), **self._optimizer_values(steps[:, GRADIENT_NORM]), **speed, **machine.memory())
         if self._config.histograms_every and boundary % self._config.histograms_every == 0:
             with storage.stop_when_full("histograms", self._checkpoints.describe, tf.errors.OpError):
-                self._work.write_histograms(boundary)
+                self._recording.write_histograms(self._state, boundary)
         return bool(asked)
 
     def _check_finite(self, steps: np.ndarray) -> None:

@@ -72,6 +72,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         raise NotImplementedError
 
 
+def is_kernel(variable: keras.Variable) -> bool:
+    """Whether a weight is what `--weight_decay` and `--l2` are for: also a depthwise_kernel, a pointwise_kernel."""
+    return bool(variable.name.endswith("kernel"))
+
+
 def make_optimizer(config: Config, schedule: Schedule, model: keras.Model) -> keras.optimizers.Optimizer:
     """The optimizer with its variables; call it inside the strategy's scope.
 
@@ -84,7 +89,7 @@ def make_optimizer(config: Config, schedule: Schedule, model: keras.Model) -> ke
         global_clipnorm=config.clip_norm or None,
         weight_decay=config.weight_decay or None,
     )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer.exclude_from_weight_decay([variable for variable in model.trainable_variables if not is_kernel(variable)])
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
     if config.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)

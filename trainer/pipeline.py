@@ -9,6 +9,7 @@ Letters in shapes: b, batch of one replica; N, all examples; H, W, C, an image.
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from trainer import service, streaming
@@ -39,10 +40,9 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
     if isinstance(examples, Records):
         return _streamed_train_dataset_fn(examples, global_batch_size, first_step, seed, data_service)
     images, labels = _tensors(examples)
-    num_examples = len(examples)
 
     def gather(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        indices = shuffled(positions % num_examples, positions // num_examples, num_examples, seed, _SHUFFLE_STREAM)
+        indices = _indices(positions, len(examples), seed)
         return tf.gather(images, indices), tf.gather(labels, indices), positions
 
     @without_autograph
@@ -52,6 +52,20 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
         ).prefetch(4).apply(untuned)  # fmt: skip
 
     return dataset_fn
+
+
+def first_images(
+    examples: Examples, global_batch_size: int, num_batches: int, seed: int, context: tf.distribute.InputContext
+) -> np.ndarray:
+    """The images of this worker's first batches as `train_dataset_fn` gives them, uint8 [batches, b, H, W, C]."""
+    batches = _positions(context, global_batch_size, 0).take(num_batches).as_numpy_iterator()
+    positions = np.stack(list(batches))
+    return examples.images[_indices(positions.ravel(), len(examples), seed).numpy().reshape(positions.shape)]
+
+
+def _indices(positions: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
+    """The examples at these positions, int64 [n]: each once an epoch."""
+    return shuffled(positions % num_examples, positions // num_examples, num_examples, seed, _SHUFFLE_STREAM)
 
 
 def eval_dataset_fn(examples: Part, global_batch_size: int) -> DatasetFn:
@@ -130,9 +144,10 @@ def _share(context: tf.distribute.InputContext, global_batch_size: int) -> Share
 
 
 def _tensors(examples: Examples) -> tuple[tf.Tensor, tf.Tensor]:
-    # On the host: images travel to a GPU a batch at a time, as uint8.
+    # On the host: images travel to a GPU a batch at a time, as uint8. What TensorFlow 2.21 makes of an array holds twice its
+    # memory; a copy of that does not.
     with tf.device("CPU:0"):
-        return tf.constant(examples.images), tf.constant(examples.labels)
+        return tf.identity(tf.constant(examples.images)), tf.constant(examples.labels)
 
 
 def _positions(context: tf.distribute.InputContext, global_batch_size: int, first_step: int) -> tf.data.Dataset:

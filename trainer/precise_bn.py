@@ -13,13 +13,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from trainer import pipeline
 from trainer.config import Config
 from trainer.dataset import Examples, Part
-from trainer.tracing import add_up, graph, untuned, without_autograph
+from trainer.tracing import graph, sum_of_calls, untuned, without_autograph
 
 _log = logging.getLogger("digitfleet")
 StatisticsLoop = Callable[[Iterator, tf.Tensor], None]
@@ -41,17 +40,18 @@ def make_compute_statistics(
     batch = config.global_batch_size // config.gradient_accumulation_steps
     num_steps = -(-min(config.precise_bn_examples, len(examples)) // batch)
     _log.info("batch normalisation: %d layers get the statistics of %d x %d training images", len(layers), num_steps, batch)
-    # Not from data workers, who prepare the steps of training.
-    train_dataset_fn = pipeline.train_dataset_fn(examples, batch, 0, config.seed)
 
     @without_autograph
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         count = num_steps * context.num_replicas_in_sync // context.num_input_pipelines
-        batches = train_dataset_fn(context).map(lambda images, *_: images).take(count)
         if isinstance(examples, Examples):
             # Only these images, not all that are in memory for training a second time.
-            batches = tf.data.Dataset.from_tensor_slices(np.stack(list(batches.as_numpy_iterator())))
-        return batches.repeat().apply(untuned)
+            images = pipeline.first_images(examples, batch, count, config.seed, context)
+            batches = tf.data.Dataset.from_tensor_slices(images)
+        else:
+            # Not from data workers, who prepare the steps of training.
+            batches = pipeline.train_dataset_fn(examples, batch, 0, config.seed)(context).map(lambda images, *_: images)
+        return batches.take(count).repeat().apply(untuned)
 
     iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
     statistics_loop = _make_statistics_loop(
@@ -99,7 +99,7 @@ def _make_statistics_loop(
 
         # Not within a replica's function: several are traced by turns.
         with _batch_statistics(layers, synchronized):
-            totals = add_up(num_steps, tf.zeros([2, sum(sizes)], tf.float64), batch_moments)
+            totals = sum_of_calls(num_steps, tf.zeros([2, sum(sizes)], tf.float64), batch_moments)
         means, squares = tf.unstack(totals / tf.cast(num_steps, tf.float64))
         variances = tf.maximum(squares - means * means, 0)
         for layer, *values in zip(layers, tf.split(means, sizes), tf.split(variances, sizes), strict=True):

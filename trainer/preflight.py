@@ -39,5 +39,5 @@ def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop
     abort = collectives.abort if peers else lambda _: None
     with Watch(peers, config.step_timeout, abort) as watch:
         if not cluster.is_chief:
-            storage.wait_for_token(model_dir, peers[0].token, peers[0].name)
+            storage.wait_for_token(model_dir, peers[0].token, peers[0].name, lambda: stop.name)
         yield cluster, watch

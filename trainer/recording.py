@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import storage
+from trainer.checkpoint import WRITE_ERRORS
 from trainer.config import Config
 from trainer.console import ConsoleWriter
 from trainer.dashboard import Dashboard
@@ -79,18 +80,14 @@ class Recording:
         if self._endpoint:
             self._endpoint.observe(seconds)
 
-    def histograms_of(self, state: State) -> Callable[[int], None]:
-        """A function of the step that writes how weights and gradients are distributed."""
-
-        def write(step: int) -> None:
-            if self._dashboard:
-                variables = state.model.trainable_variables
-                values = {f"weights/{variable.path}": variable.numpy() for variable in variables}
-                pairs = zip(variables, state.gradients, strict=True)
-                values |= {f"weights_gradients/{variable.path}": gradient.numpy() for variable, gradient in pairs}
-                self._dashboard.write_histograms(values, step)
-
-        return write
+    def write_histograms(self, state: State, step: int) -> None:
+        """Writes how weights and gradients are distributed."""
+        if self._dashboard:
+            variables = state.model.trainable_variables
+            values = {f"weights/{variable.path}": variable.numpy() for variable in variables}
+            pairs = zip(variables, state.gradients, strict=True)
+            values |= {f"weights_gradients/{variable.path}": gradient.numpy() for variable, gradient in pairs}
+            self._dashboard.write_histograms(values, step)
 
     def report(
         self,
@@ -151,7 +148,7 @@ def _nothing_lost() -> Iterator[None]:
     """Hours of training are not to be lost by what a picture cannot show; a full disk is the job's affair."""
     try:
         yield
-    except (OSError, tf.errors.OpError):
+    except (OSError, *WRITE_ERRORS):
         raise
     except Exception:
         _log.exception("the report could not be drawn; the model is not affected")

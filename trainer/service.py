@@ -145,6 +145,7 @@ def loss_told(address: str) -> Iterator[None]:
         Stopped: so it is.
         RequestError: a data worker has not the job's data.
     """
+    _lost.clear()
     try:
         yield
     except tf.errors.OpError as error:

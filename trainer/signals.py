@@ -25,7 +25,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._name = ""
-        self.listening = False
         # Set when there is nothing more to train: what remains is finished in spite of the request.
         self.trained = False
 
@@ -53,7 +52,6 @@ def listen(stop: StopRequest, grace_period: Callable[[], float]) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    stop.listening = True
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
 

@@ -16,8 +16,8 @@ from trainer.augment import augmented
 from trainer.config import Config
 from trainer.layers import training_on
 from trainer.models import weights_of
-from trainer.optimizers import Schedule
-from trainer.tracing import add_up, graph
+from trainer.optimizers import Schedule, is_kernel
+from trainer.tracing import graph, sum_of_calls
 
 # Columns of what training and evaluation return: sums over examples.
 LOSS, CORRECT, EXAMPLES = range(3)
@@ -85,7 +85,7 @@ def make_train_loop(config: Config, state: State, strategy: tf.distribute.Strate
         if config.l2:
             scale = _loss_scale(optimizer)
             gradients = [
-                gradient + 2 * config.l2 * scale * variable.value if _is_kernel(variable) else gradient
+                gradient + 2 * config.l2 * scale * variable.value if is_kernel(variable) else gradient
                 for gradient, variable in zip(gradients, model.trainable_variables, strict=True)
             ]
         norm = tf.cast(tf.linalg.global_norm(gradients), tf.float64) / tf.cast(_loss_scale(optimizer), tf.float64)
@@ -142,7 +142,7 @@ def exchange_dtype(config: Config, strategy: tf.distribute.Strategy) -> tf.DType
         return tf.float32
     if config.precision == "mixed_float16":
         return tf.float16
-    # TensorFlow 2.21's NcclAllReduce takes no bfloat16.
+    # Not run yet: CollectiveReduceV2 takes bfloat16, but kValidDataTypes of TensorFlow's core/nccl/nccl_manager.cc did not.
     return tf.float32 if "GPU" in strategy.extended.worker_devices[0] else tf.bfloat16
 
 
@@ -198,11 +198,6 @@ def _loss_scale(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | float:
     return 1.0
 
 
-def _is_kernel(variable: keras.Variable) -> bool:
-    # Also a depthwise_kernel, a pointwise_kernel.
-    return bool(variable.name.endswith("kernel"))
-
-
 def _correct(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return tf.argmax(logits, axis=-1, output_type=labels.dtype) == labels
 
@@ -218,9 +213,13 @@ def update_average(decay: float, state: State, strategy: tf.distribute.Strategy,
     """Moves the inference weights towards the model's; the first steps count more, as in tf.train.ExponentialMovingAverage."""
     step = tf.cast(step, tf.float64)
     decay = tf.minimum(tf.cast(decay, tf.float64), (1 + step) / (10 + step))
-    _each_weight(
-        state, strategy, lambda average, weight: average.assign_sub(tf.cast(1 - decay, average.dtype) * (average - weight))
-    )
+
+    # Whole numbers count: no average of them is one.
+    def move(average: tf.Variable, weight: tf.Tensor) -> object:
+        share = tf.cast(1 - decay, average.dtype)
+        return average.assign_sub(share * (average - weight)) if average.dtype.is_floating else average.assign(weight)
+
+    _each_weight(state, strategy, move)
 
 
 def _each_weight(state: State, strategy: tf.distribute.Strategy, update: Callable[[tf.Variable, tf.Tensor], object]) -> None:
@@ -276,7 +275,7 @@ def make_eval_loop(model: keras.Model, strategy: tf.distribute.Strategy) -> Eval
         def batch_totals() -> tf.Tensor:
             return tf.add_n(strategy.experimental_local_results(strategy.run(replica_eval, args=next(iterator))))
 
-        return add_up(num_batches, tf.zeros([3], tf.float64), batch_totals)
+        return sum_of_calls(num_batches, tf.zeros([3], tf.float64), batch_totals)
 
     return eval_loop
 

@@ -69,7 +69,14 @@ def export_of(model_dir: str) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "--model_dir") -> Iterator[None]:
+def exclusive(
+    folder: Path,
+    *,
+    needed: bool,
+    patience: float = 0,
+    flag: str = "--model_dir",
+    stopped: Callable[[], object] = lambda: False,
+) -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
 
     Args:
@@ -77,10 +84,11 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "-
         needed: False for a process that writes nothing there.
         patience: seconds to wait for another process to let go.
         flag: the one that names the folder.
+        stopped: whether somebody has asked to end.
 
     Raises:
         RequestError: another process holds it.
-        Stopped: it still does so after the patience that was asked for.
+        Stopped: it still does so after the patience that was asked for, or somebody has asked to end.
     """
     if not needed:
         yield
@@ -94,8 +102,9 @@ def exclusive(folder: Path, *, needed: bool, patience: float = 0, flag: str = "-
         while not _lock(lock):
             if not patience:
                 raise RequestError(f"{flag}={folder}: another job is writing there")
-            if time.monotonic() > deadline:
-                raise Stopped(f"{flag}={folder}: another job is writing there, still after {patience:g} s")
+            if stopped() or time.monotonic() > deadline:
+                waited = patience - (deadline - time.monotonic())
+                raise Stopped(f"{flag}={folder}: another job is writing there, still after {waited:.0f} s")
             time.sleep(0.5)
         try:
             yield
@@ -231,14 +240,17 @@ def write_token(folder: Path, token: str) -> None:
     (folder / LOCK).write_text(json.dumps({"token": token}))
 
 
-def wait_for_token(folder: Path, token: str, writer: str) -> None:
+def wait_for_token(folder: Path, token: str, writer: str, stopped: Callable[[], object] = lambda: False) -> None:
     """Returns when the folder shows the token that another worker says it has left there; a network file system may be late.
 
     Raises:
         RequestError: it does not: the workers have different folders.
+        Stopped: somebody has asked to end.
     """
     deadline = time.monotonic() + _SHOWN_WITHIN_SECS
     while (read_json(folder / LOCK) or {}).get("token") != token:
+        if stopped():
+            raise Stopped(f"stopped before --model_dir={folder} showed what {writer} has written there")
         if time.monotonic() > deadline:
             raise RequestError(f"--model_dir={folder} is not the folder that {writer} writes to: give one that all reach")
         time.sleep(0.1)

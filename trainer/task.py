@@ -30,7 +30,8 @@ def main(positional: list[str]) -> None:
         from trainer import job
 
     try:
-        with storage.exclusive(model_dir, needed=workers.is_chief, patience=cluster.lock_patience()):
+        patience = cluster.lock_patience()
+        with storage.exclusive(model_dir, needed=workers.is_chief, patience=patience, stopped=lambda: stop.name):
             result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
         everywhere = ", with every worker," if len(workers.workers) > 1 else ""

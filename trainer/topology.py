@@ -13,6 +13,7 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.sources import Cluster
 
+_LEAST_STEP_TIMEOUT_SECS = 3
 # Of <malloc.h>, in bytes: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD. Two of the three alone change little.
 _MALLOC_OPTIONS = {-3: 2**29, -1: 2**30, -2: 2**26}
 
@@ -146,7 +147,8 @@ def choose_layout(config: Config, cluster: Cluster) -> Layout:
     """What the strategy will be, without starting it.
 
     Raises:
-        RequestError: strategy, cluster and devices contradict each other, or XLA cannot compile what is asked for.
+        RequestError: strategy, cluster and devices contradict each other, XLA cannot compile what is asked for, or workers
+            cannot be heard of as often.
     """
     num_gpus = len(tf.config.list_physical_devices("GPU"))
     name, reason = choose_strategy(config, cluster, num_gpus)
@@ -157,6 +159,11 @@ def choose_layout(config: Config, cluster: Cluster) -> Layout:
         num_devices=1 if name == "one_device" else config.num_devices or num_gpus or 1,
         num_workers=len(cluster.workers) if name == "multi_worker" else 1,
     )
+    if layout.num_workers > 1 and 0 < config.step_timeout < _LEAST_STEP_TIMEOUT_SECS:
+        raise RequestError(
+            f"--step_timeout={config.step_timeout:g}: several workers tell each other every second that they are alive: give at "
+            f"least {_LEAST_STEP_TIMEOUT_SECS}, or 0 for never"
+        )
     if config.jit_compile and config.sync_batch_norm and config.model != "cnn" and layout.num_replicas > 1:
         raise RequestError(
             "--jit_compile: XLA cannot compile synchronised batch normalisation over several replicas (tf.distribute's "
@@ -173,9 +180,9 @@ def make_topology(config: Config, layout: Layout, cluster: Cluster) -> Topology:
     if layout.name == "one_device":
         strategy: tf.distribute.Strategy = tf.distribute.OneDeviceStrategy(devices[0])
     elif layout.name == "mirrored":
-        reductions = {"nccl": tf.distribute.NcclAllReduce, "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce}
-        reduction = reductions.get(config.all_reduce)
-        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction() if reduction else None)
+        # By itself it uses NCCL between GPUs, by the same operations as several workers do; tf.distribute.NcclAllReduce is older.
+        by_copy = tf.distribute.HierarchicalCopyAllReduce() if config.all_reduce == "hierarchical_copy" else None
+        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=by_copy)
     else:
         strategy = _multi_worker_strategy(config, layout, cluster)
     return Topology(strategy, layout.name, layout.kind, layout.num_workers, cluster.is_chief)

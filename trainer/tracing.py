@@ -27,7 +27,7 @@ def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def add_up(num: tf.Tensor, zeros: tf.Tensor, compute: Callable[[], tf.Tensor]) -> tf.Tensor:
+def sum_of_calls(num: tf.Tensor, zeros: tf.Tensor, compute: Callable[[], tf.Tensor]) -> tf.Tensor:
     """The sum of what `compute` gives, `num` times (int64 []), one after the other. Its type and shape are those of `zeros`."""
     start = tf.zeros([], tf.int64), zeros
     return tf.while_loop(lambda index, _: index < num, lambda index, total: (index + 1, total + compute()), start)[1]

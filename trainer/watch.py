@@ -39,6 +39,7 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.peers, self._step_timeout, self._abort, self._clock = peers, step_timeout, abort, clock
+        self._follows = False
         self._beat, self._doing, self._fed, self._allowed = 0, "starting", clock(), step_timeout * _FIRST_CALLS_FACTOR
         self._heard_at = {peer: clock() for peer in peers}
         self._selector = selectors.DefaultSelector()
@@ -88,9 +89,12 @@ class Watch:
     def end_together(self) -> None:
         """Returns when all workers have come here: whoever leaves before has failed, and all go on from there.
 
+        What the others still do moves this one, too: the chief may have more to write than fits into one limit.
+
         Raises:
             Stopped: a peer has gone or is silent.
         """
+        self._follows = True
         for peer in self.peers:
             peer.say({"done": True})
         with self._changed:
@@ -99,7 +103,7 @@ class Watch:
             raise Stopped(self.trouble)
 
     def _run(self) -> None:
-        looked, spoke = self._clock(), float("-inf")
+        looked, spoke, beats = self._clock(), float("-inf"), 0
         while not self._over.is_set() and not self.trouble:
             self._listen()
             now = self._clock()
@@ -109,6 +113,9 @@ class Watch:
                 for peer in self.peers:
                     self._heard_at[peer] += gap
             looked = now
+            heard, beats = beats, sum(peer.beat for peer in self.peers)
+            if self._follows and beats > heard:
+                self._fed = now
             if now - spoke >= _BEAT_EVERY_SECS:
                 spoke = now
                 for peer in self.peers:
