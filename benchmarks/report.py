@@ -43,18 +43,13 @@ class Section:
     charts: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, which has what a job sets for TensorFlow."""
-    return dict(os.environ)
-
-
 def run_program(arguments: Sequence[str]) -> str:
     """Runs `python -m arguments` and returns what it has printed.
 
     Raises:
         ProgramError: it has failed.
     """
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, env=environment())
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ProgramError(reason_of(arguments, done.returncode, done.stderr))
     return done.stdout
@@ -72,9 +67,7 @@ def run_timed(arguments: Sequence[str]) -> tuple[list[tuple[float, str]], float]
     started = time.perf_counter()
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
-        ) as process,
+        subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdout
         try:

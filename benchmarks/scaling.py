@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import ProgramError, Section, as_typed, environment, reason_of, table
+from benchmarks.report import ProgramError, Section, as_typed, reason_of, table
 from benchmarks.throughput import Progress, has_bfloat16
 from trainer.ports import free_ports
 
@@ -59,7 +59,7 @@ def run_pinned(
             logs.append([stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)])
             process = subprocess.Popen(
                 [*inside, sys.executable, "-m", "benchmarks.probe", *arguments],
-                env={**environment(), "TF_CONFIG": config},
+                env={**os.environ, "TF_CONFIG": config},
                 stdout=logs[-1][0],
                 stderr=logs[-1][1],
                 preexec_fn=lambda pinned=pinned: os.sched_setaffinity(0, pinned),  # type: ignore[misc]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from benchmarks.peers.session import EPOCH_ENDED
-from benchmarks.report import Section, as_typed, environment, reason_of, run_json, table
+from benchmarks.report import Section, as_typed, reason_of, run_json, table
 
 PRECISIONS = ("float32", "bfloat16")
 BATCH = 256
@@ -92,7 +92,6 @@ class _Program:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=environment(),
         )
 
     def start(self) -> None:

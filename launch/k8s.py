@@ -160,7 +160,7 @@ def _status(task: list[str]) -> None:
     found = [status.find(cluster, flags.FLAGS.name)] if flags.FLAGS.name else status.find_all(cluster)
     reports = [status.read(cluster, one) for one in found]
     if flags.FLAGS.format == "json":
-        cli.show(json.dumps([status.as_json(report) for report in reports]))
+        cli.show(json.dumps([dataclasses.asdict(report) for report in reports]))
         return
     if not reports:
         cli.show(f"no jobs in the namespace {cluster.namespace}")

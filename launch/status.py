@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from typing import Any
 
 from launch.kubectl import Kubectl, KubectlError, Object
 from launch.workload import INSTANCE, OURS, QUEUE, is_ours, is_sweep, main_container, num_workers, selector, suspension
@@ -285,8 +284,3 @@ def container_name(workload: Object) -> str:
 def _progress(lines: list[str]) -> dict[str, float | None]:
     found = [match for line in lines if (match := _PROGRESS.search(line))]
     return {key: float(value) if value else None for key, value in found[-1].groupdict().items()} if found else {}
-
-
-def as_json(status: Status) -> dict[str, Any]:
-    """The status as JSON takes it."""
-    return dataclasses.asdict(status)

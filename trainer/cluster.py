@@ -1,4 +1,4 @@
-"""The one module that reads the environment: which workers there are, and which of them this process is.
+"""The one module that reads the environment, and sets it for TensorFlow: which workers there are, and which is this one.
 
 `python -m trainer.cluster` prints what was found as one line of JSON. How each scheduler describes its workers is in
 `sources.py`.

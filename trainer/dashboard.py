@@ -1,7 +1,7 @@
 """The run as TensorBoard shows it: scalars that read from top to bottom, text, and the runs of a folder side by side.
 
 Runs below `model_dir`/tensorboard: `train`, `validation` and `test` hold the same tags, so that each chart has all of them;
-the folder itself is one session of the HParams page. Pictures of a result are `pictures.py`'s business.
+the folder itself is one session of the HParams page. Pictures of a result are `gallery.py`'s business.
 """
 
 import json

@@ -30,6 +30,7 @@ BLUE, ORANGE = "#2f7ed8", "#e8743b"
 _CELL, _PICTURE, _TITLE_LINE = 0.8, 0.7, 0.14
 # Fewer have no outliers: each is a good part of what there is to see.
 _FEW_POINTS = 20
+_MOST_KERNELS = 64
 
 
 @mpl.rc_context(STYLE)
@@ -91,9 +92,9 @@ def pictures(images: np.ndarray, titles: Sequence[str] = (), columns: int = 8) -
 
 
 @mpl.rc_context(STYLE)
-def kernels(weights: np.ndarray, most: int = 64) -> Figure:
+def kernels(weights: np.ndarray) -> Figure:
     """The kernels of a convolution, [height, width, in, out], averaged over input channels; orange is negative, blue positive."""
-    shown = weights.mean(axis=2).transpose(2, 0, 1)[:most]
+    shown = weights.mean(axis=2).transpose(2, 0, 1)[:_MOST_KERNELS]
     limit = np.abs(shown).max() or 1
     figure = pictures(shown[..., np.newaxis], columns=16)
     # The axes span the figure: all becomes half as large.

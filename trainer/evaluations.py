@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from trainer import loading, pipeline, steps
 from trainer.dataset import Part
-from trainer.loop import Evaluation
 from trainer.topology import Topology
 
 _BATCH_PER_REPLICA = 500
+Evaluation = Callable[[], np.ndarray]
 # Between calls a watch is fed: one of all of a large set would outlive --step_timeout.
 _BATCHES_PER_CALL = 10
 

@@ -14,8 +14,12 @@ from trainer.storage import export_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """The signatures of an export, the images it takes, (H, W, C), its classes' names and what pictures show."""
+    """The signatures of an export, the images it takes, (H, W, C), its classes' names and what pictures show.
 
+    `owner` is the loaded object, which owns the variables that the signatures use.
+    """
+
+    owner: Any
     signatures: dict[str, Any]
     input_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -42,11 +46,9 @@ def load(model_dir: str) -> Model:
         raise RequestError(f"--model_dir={model_dir}: {folder} was not exported by this version of digitfleet: run the job again")
     spec = signatures["serving_uint8"].structured_input_signature[1]["images"]
     height, width, channels = spec.shape[1:]
-    # The loaded object owns the variables that the signatures use.
-    signatures["_owner"] = loaded
     described = {name: value.numpy() for name, value in loaded.describe().items()}
     names = tuple(name.decode() for name in described["class_names"])
-    return Model(signatures, (height, width, channels), names, described["pictures"].decode())
+    return Model(loaded, signatures, (height, width, channels), names, described["pictures"].decode())
 
 
 def signature_defs(model_dir: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # More classes than these are shown by their worst ones.
 _MOST_CLASSES = 20
 _MOST_CURVES = 10
+_MOST_MISTAKES = 32
 _BINS = 10
 
 
@@ -62,10 +63,10 @@ def confusion(predictions: Predictions) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def mistakes(predictions: Predictions, most: int = 32) -> Figure:
+def mistakes(predictions: Predictions) -> Figure:
     """The wrong answers that the model was surest of, with what is true and what it said."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
+    wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_MOST_MISTAKES]
     names = labels(predictions.class_names, 9)
     # Two do not fit beside each other into the width of a picture.
     arrow = " →\n" if max(map(len, names)) > 3 else " → "

@@ -18,6 +18,7 @@ from trainer.agreement import Agreement
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
 from trainer.errors import DivergedError, Stopped
+from trainer.evaluations import Evaluation
 from trainer.metrics import Record
 from trainer.pace import Pace
 from trainer.plan import Plan
@@ -29,8 +30,6 @@ from trainer.steps import CORRECT, EXAMPLES, GRADIENT_NORM, LOSS, STEP_SECS, TRA
 from trainer.watch import Watch
 
 _log = logging.getLogger("digitfleet")
-
-Evaluation = Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

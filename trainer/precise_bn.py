@@ -7,7 +7,6 @@ https://arxiv.org/abs/2105.07576).
 """
 
 import contextlib
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -104,13 +103,11 @@ def _make_statistics_loop(
         variances = tf.maximum(squares - means * means, 0)
         for layer, *values in zip(layers, tf.split(means, sizes), tf.split(variances, sizes), strict=True):
             for variable, value in zip((layer.moving_mean, layer.moving_variance), values, strict=True):
-                strategy.extended.update(variable.value, _assign, args=(tf.cast(value, variable.dtype),))
+                strategy.extended.update(
+                    variable.value, lambda target, new: target.assign(new), args=(tf.cast(value, variable.dtype),)
+                )
 
     return statistics_loop
-
-
-def _assign(variable: tf.Variable, value: tf.Tensor) -> object:
-    return variable.assign(value)
 
 
 def _layers_of(model: keras.Model) -> list[keras.layers.BatchNormalization]:
@@ -127,20 +124,20 @@ def _layers_of(model: keras.Model) -> list[keras.layers.BatchNormalization]:
         and not getattr(layer, "renorm", False)
         and "training" in inspect.signature(layer.call).parameters
     ]
-    calls: list[list[bool | None]] = [[] for _ in layers]
+    noted: dict[int, list[bool | None]] = {id(layer): [] for layer in layers}
 
-    def call_and_note(
-        noted: list[bool | None], call: _Call, inputs: tf.Tensor, training: bool | None = None, **arguments: object
-    ) -> tf.Tensor:
-        noted.append(training)
-        return call(inputs, training=training, **arguments)
+    def noting(layer: keras.layers.Layer, call: _Call) -> _Call:
+        def call_and_note(inputs: tf.Tensor, training: bool | None = None, **arguments: object) -> tf.Tensor:
+            noted[id(layer)].append(training)
+            return call(inputs, training=training, **arguments)
 
-    noting = [functools.partial(call_and_note, *pair) for pair in zip(calls, _calls(layers), strict=True)]
+        return call_and_note
+
     # Traced, and not for its effects: those on variables are left out.
-    with _calling(layers, noting), keras.StatelessScope():
+    with _replaced_calls(layers, noting), keras.StatelessScope():
         spec = tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)
         graph(model).get_concrete_function(spec, training=True)
-    return [layer for layer, noted in zip(layers, calls, strict=True) if noted == [True]]
+    return [layer for layer in layers if noted[id(layer)] == [True]]
 
 
 @contextlib.contextmanager
@@ -149,26 +146,31 @@ def _batch_statistics(layers: Sequence[keras.layers.BatchNormalization], synchro
     kept = [(layer.momentum, layer.synchronized) for layer in layers]
     for layer in layers:
         layer.momentum, layer.synchronized = 0.0, synchronized
-    with _calling(layers, [functools.partial(_call_in_training, call) for call in _calls(layers)]):
-        yield
-    for layer, (momentum, was_synchronized) in zip(layers, kept, strict=True):
-        layer.momentum, layer.synchronized = momentum, was_synchronized
+    try:
+        with _replaced_calls(layers, _in_training):
+            yield
+    finally:
+        for layer, (momentum, was_synchronized) in zip(layers, kept, strict=True):
+            layer.momentum, layer.synchronized = momentum, was_synchronized
 
 
-def _call_in_training(call: _Call, inputs: tf.Tensor, training: bool | None = None, **arguments: object) -> tf.Tensor:
-    return call(inputs, training=True, **arguments)
+def _in_training(_: keras.layers.Layer, call: _Call) -> _Call:
+    def call_in_training(inputs: tf.Tensor, training: bool | None = None, **arguments: object) -> tf.Tensor:
+        return call(inputs, training=True, **arguments)
 
-
-def _calls(layers: Sequence[keras.layers.Layer]) -> list[_Call]:
-    return [layer.call for layer in layers]
+    return call_in_training
 
 
 @contextlib.contextmanager
-def _calling(layers: Sequence[keras.layers.Layer], calls: Sequence[_Call]) -> Iterator[None]:
-    """Replaces what layers do when they are called."""
-    kept = _calls(layers)
+def _replaced_calls(
+    layers: Sequence[keras.layers.Layer], replacement: Callable[[keras.layers.Layer, _Call], _Call]
+) -> Iterator[None]:
+    """Puts what `replacement` makes of a layer and its `call` in place of that, for each layer."""
+    calls = [layer.call for layer in layers]
     for layer, call in zip(layers, calls, strict=True):
-        layer.call = call
-    yield
-    for layer, call in zip(layers, kept, strict=True):
-        layer.call = call
+        layer.call = replacement(layer, call)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, calls, strict=True):
+            layer.call = call

@@ -7,7 +7,6 @@ dies, however it dies: a trial that is running and that nobody holds is taken up
 import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -190,12 +189,8 @@ class Search:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else takes a trial in the meantime."""
-        while True:
-            with storage.lock_file(self.folder / ".search.lock") as mine:
-                if mine:
-                    yield
-                    return
-            time.sleep(0.02)
+        with storage.lock_file(self.folder / ".search.lock", wait=True):
+            yield
 
 
 class _JournalLock(JournalFileOpenLock):

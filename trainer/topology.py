@@ -41,20 +41,12 @@ class Layout:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Topology:
-    """The strategy with what is to be said about it."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Topology(Layout):
+    """The layout with its strategy, and whether this worker is the one that writes."""
 
     strategy: tf.distribute.Strategy
-    name: str
-    kind: str
-    num_workers: int
     is_chief: bool
-
-    @property
-    def num_replicas(self) -> int:
-        """Copies of the model that train in sync, over all workers."""
-        return int(self.strategy.num_replicas_in_sync)
 
 
 def choose_strategy(config: Config, cluster: Cluster, num_gpus: int) -> tuple[str, str]:
@@ -185,7 +177,7 @@ def make_topology(config: Config, layout: Layout, cluster: Cluster) -> Topology:
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=by_copy)
     else:
         strategy = _multi_worker_strategy(config, layout, cluster)
-    return Topology(strategy, layout.name, layout.kind, layout.num_workers, cluster.is_chief)
+    return Topology(**dataclasses.asdict(layout), strategy=strategy, is_chief=cluster.is_chief)
 
 
 def _multi_worker_strategy(config: Config, layout: Layout, cluster: Cluster) -> tf.distribute.Strategy:
