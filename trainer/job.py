@@ -121,17 +121,8 @@ def _train(
     agreement = Agreement(state, topology.num_replicas, cluster)
     sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
     checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief, check=start.check)
-    progress = checkpoints.restore_latest() or Progress()
-    steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
-    agreement.check_steps(np.asarray(steps_restored), config.model_dir)
-    checkpoints.remove_newer(progress.step)
+    progress = _restore(checkpoints, agreement, sum_over_workers, config.model_dir, restarts)
     start.note(step=progress.step)
-    if progress.finished:
-        _log.info("training ended at step %d before; its weights are still to be evaluated and exported", progress.step)
-    elif progress.step:
-        _log.info("going on from step %d", progress.step)
-    elif restarts:
-        _log.warning("%s has no checkpoint of the start before: beginning again at step 0", model_dir)
     watch.feed("timing what the replicas exchange", compiles=True)
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
@@ -180,6 +171,27 @@ def _train(
             if topology.is_chief:
                 claim.finish(model_dir, result)
     return result
+
+
+def _restore(
+    checkpoints: Checkpoints,
+    agreement: Agreement,
+    sum_over_workers: Callable[[tf.Tensor], tf.Tensor],
+    model_dir: str,
+    restarts: int,
+) -> Progress:
+    """Gives the variables the values of the newest checkpoint, the same for all workers, and says where training goes on."""
+    progress = checkpoints.restore_latest() or Progress()
+    steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
+    agreement.check_steps(np.asarray(steps_restored), model_dir)
+    checkpoints.remove_newer(progress.step)
+    if progress.finished:
+        _log.info("training ended at step %d before; its weights are still to be evaluated and exported", progress.step)
+    elif progress.step:
+        _log.info("going on from step %d", progress.step)
+    elif restarts:
+        _log.warning("%s has no checkpoint of the start before: beginning again at step 0", model_dir)
+    return progress
 
 
 def _tell(findings: Sequence[machine.Finding]) -> None:
