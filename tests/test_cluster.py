@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from trainer import ranks
-from trainer.cluster import Cluster, from_environment, visible_gpus
+from trainer.cluster import Cluster, from_environment, take_own_gpus, visible_gpus
 from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
 from trainer.ranks import with_addresses
@@ -302,6 +302,34 @@ def test_contradictions_between_flags_cluster_and_devices_are_refused(
 
     with pytest.raises(RequestError, match=words):
         choose_strategy(from_preset("fast", options), Cluster("TF_CONFIG", tuple(WORKERS[:workers]), 0), num_gpus)
+
+
+@pytest.mark.parametrize(
+    ("place", "num_gpus", "expected"),
+    [
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 4, "2,3"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, 8, "0,1"),
+        ({"MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}, 4, "3"),
+        ({"MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}, 0, None),
+        ({"MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, 4, "0,1"),
+        ({}, 4, None),
+    ],
+)
+def test_ranks_of_a_node_share_its_gpus(place: dict[str, str], num_gpus: int, expected: str | None, tmp_path: Path) -> None:
+    for index in range(num_gpus):
+        (tmp_path / f"nvidia{index}").touch()
+    environment = {"PMI_RANK": "0", "PMI_SIZE": "4", **place}
+    take_own_gpus(from_environment(environment), environment, tmp_path)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_ranks_are_refused_a_gpu_of_two_and_others_than_ranks_take_what_they_see(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+    environment = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    with pytest.raises(RequestError, match="PMI has started 2 ranks on a node with 1 GPUs: start one for each"):
+        take_own_gpus(from_environment(environment), environment, tmp_path)
+    take_own_gpus(Cluster("TF_CONFIG", tuple(WORKERS), 0), environment, tmp_path)
+    assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
 def test_step_timeout_that_is_shorter_than_workers_speak_is_refused() -> None:

@@ -10,11 +10,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from trainer import sources
-from trainer.errors import JobError
+from trainer.errors import JobError, RequestError
 from trainer.sources import Cluster
 
 # The first that answers counts: what somebody has written by hand before what a scheduler sets.
@@ -81,6 +81,28 @@ def set_tensorflow_defaults(verbosity: int) -> None:
 def hide_gpus() -> None:
     """Leaves the GPUs of this machine to others; before TensorFlow's import."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def take_own_gpus(found: Cluster, environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> None:
+    """Takes a share of the GPUs of a node on which mpirun has started several ranks, all of which see all GPUs.
+
+    NCCL does not take a GPU twice. Whoever has set CUDA_VISIBLE_DEVICES has shared them out already.
+
+    Raises:
+        RequestError: there are fewer GPUs than ranks.
+    """
+    place = None if found.knows_hosts or "CUDA_VISIBLE_DEVICES" in environment else sources.place_on_node(environment)
+    gpus = visible_gpus(environment, devices)
+    if not place or not gpus:
+        return
+    index, count = place
+    share = len(gpus) // count
+    if not share:
+        raise RequestError(
+            f"{found.source} has started {count} ranks on a node with {len(gpus)} GPUs: start one for each, or set "
+            "CUDA_VISIBLE_DEVICES=-1 to use the CPU"
+        )
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * share : (index + 1) * share])
 
 
 def alone(

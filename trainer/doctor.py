@@ -88,6 +88,7 @@ def examine(config: Config, report: Report) -> None:
 
 def _look_at_cluster() -> tuple[str, Cluster]:
     found = cluster.from_environment()
+    cluster.take_own_gpus(found)
     if not found.workers:
         return f"{found.source}: this machine alone", found
     return f"{found.source}: worker {found.index} of {', '.join(found.workers)}", found

@@ -229,6 +229,17 @@ def from_mpi(environment: Environment) -> Cluster | None:
     return None
 
 
+def place_on_node(environment: Environment) -> tuple[int, int] | None:
+    """Which of the ranks of its node this one is, and how many they are, as Open MPI or Hydra says; None if neither does."""
+    for index_name, count_name in (
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ):
+        if environment.get(index_name):
+            return _number(environment, index_name), _number(environment, count_name, default=1, at_least=1)
+    return None
+
+
 def _first(environment: Environment, *names: str) -> str:
     """The first of these variables that is set, else the first."""
     return next((name for name in names if environment.get(name)), names[0])

@@ -21,6 +21,7 @@ def main(positional: list[str]) -> None:
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period)
     workers = cluster.from_environment()
+    cluster.take_own_gpus(workers)
     config = task_flags.with_model_dir(config, len(workers.workers))
     model_dir = Path(config.model_dir)
     data = dataset.load_for(config)
