@@ -101,7 +101,16 @@ def test_helpfull_explains_every_flag_with_its_default() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [WRONG[0], WRONG[12], ["--no_such_flag"], ["--resume=maybe"], ["--only_check_args"], ["--data_dir=/nowhere"], ["surplus"]],
+    [
+        WRONG[0],
+        WRONG[12],
+        ["--no_such_flag"],
+        ["--resume=maybe"],
+        ["--only_check_args"],
+        ["--log_dir=/tmp"],
+        ["--data_dir=/nowhere"],
+        ["surplus"],
+    ],
     ids=" ".join,
 )
 def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothing(argv: list[str], tmp_path) -> None:

@@ -82,6 +82,14 @@ def test_link_that_leads_nowhere_is_a_damaged_picture_or_a_lost_class(tmp_path: 
         (tmp_path / place).unlink()
 
 
+def test_pipe_among_the_pictures_is_none_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    write_sets(tmp_path, train=1, test=1)
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    images = formats.collect("images", tmp_path).splits["train"].images
+    (wrong,) = [found for found in images.read(range(len(images))) if isinstance(found, RequestError)]
+    assert "pipe.png: cannot be read: no regular file" in str(wrong)
+
+
 def test_picture_in_no_class_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_sets(tmp_path, train=1, test=1)
     write(tmp_path / "train" / "__MACOSX" / "0")
@@ -134,9 +142,10 @@ def test_labels_of_a_csv_are_in_one_order_whatever_their_form(tmp_path: Path) ->
             rows += f"{write(tmp_path / f'{split}{number}').name},{name},{split}\n"
     (tmp_path / "list.csv").write_text("path,label,split\n" + rows)
     assert formats.collect("csv", tmp_path).class_names[:-1] == ("0", "001", "01", "1", "9", "10")
-    (tmp_path / "list.csv").write_text("path,label\n0.png,  \n")
-    with pytest.raises(RequestError, match="line 2: expected a path, a label"):
-        formats.collect("csv", tmp_path)
+    for rows in ("path,label\n0.png,  \n", "path,label,split\n0.png,a\n", "path,label,split\n0.png,a, \n"):
+        (tmp_path / "list.csv").write_text(rows)
+        with pytest.raises(RequestError, match="line 2: expected a path, a label, and as split train or test"):
+            formats.collect("csv", tmp_path)
 
 
 def test_notes_beside_folders_are_no_list_of_pictures(tmp_path: Path) -> None:

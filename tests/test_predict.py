@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 from PIL import Image
 
-from trainer import classifier, evaluate, pictures, predict, serve
+from trainer import classifier, evaluate, images, pictures, predict, serve
 from trainer.errors import RequestError
 from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
@@ -301,6 +302,28 @@ def test_colour_pictures_of_every_kind_are_decoded_as_pillow_does(kind: str, tmp
     image.save(tmp_path / "picture", encoding)
     found = rgb_from_bytes(tf.constant((tmp_path / "picture").read_bytes())).numpy()
     np.testing.assert_allclose(found, np.asarray(pictures.load(tmp_path / "picture", 3), np.float32), atol=3)
+
+
+@pytest.mark.parametrize(("quality", "channels"), [(100, 1), (100, 3), (75, 3)])
+def test_jpeg_of_noise_is_decoded_to_pillows_pixels(quality: int, channels: int, tmp_path: Path) -> None:
+    """TensorFlow's usual way is quick and, where values change much from pixel to pixel, far off."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 20, channels), np.uint8)
+    Image.fromarray(noise.squeeze()).save(tmp_path / "noise.jpg", quality=quality)
+    decode = gray_from_bytes if channels == 1 else rgb_from_bytes
+    found = decode(tf.constant((tmp_path / "noise.jpg").read_bytes())).numpy()
+    np.testing.assert_array_equal(found, np.asarray(pictures.load(tmp_path / "noise.jpg", channels), np.float32))
+
+
+def test_gray_arrays_that_are_no_digits_are_only_scaled_if_asked_for(digits, model_dir: Path, tmp_path: Path) -> None:
+    draw(digits[1][0], "dark on light").save(tmp_path / "one.png")
+    as_digit, as_photo = (
+        next(predict.predict(str(model_dir), [tmp_path / "one.png"], shown=shown))["probabilities"] for shown in ("", "photos")
+    )
+    given = np.asarray(pictures.load(tmp_path / "one.png", 1), np.float32)[np.newaxis, ..., np.newaxis]
+    pixels = images.scaled(tf.constant(given), 28, 28).numpy()
+    model = keras.models.load_model(model_dir / "model.keras", compile=False)
+    np.testing.assert_allclose(as_photo, tf.nn.softmax(model(pixels))[0], atol=1e-4)
+    assert as_digit != as_photo
 
 
 def test_transparent_colour_becomes_white() -> None:

@@ -28,6 +28,7 @@ def test_preset_may_be_a_file_of_options(tmp_path: Path) -> None:
         ("preset: fast", "there is no option preset"),
         ("learning_rate: -3", "--learning_rate=-3.0: expected a number above 0"),
         ("epochs: [1]", "--epochs=[1]: expected a number"),
+        ("augment: off", "--augment=False: expected one of none, shift, affine, elastic; off and the like are false in YAML"),
         ("seed: 1.5", "--seed=1.5: expected a whole number"),
         ("early_stopping_patience: 3\nvalidation_fraction: 0", "needs validation examples"),
         ("3", "expected names of options"),

@@ -168,6 +168,8 @@ WRONG = {
     "rows of two sizes": ({"instances": [BLANK, BLANK[:27]]}, "must be of one length"),
     "NaN": ({"instances": np.full((1, 28, 28, 1), np.nan).tolist()}, "NaN and infinite"),
     "negative pixels": ({"instances": np.full((1, 28, 28, 1), -255.0).tolist()}, "these go from -255 to -255"),
+    "pixels from -1 to 1": ({"instances": (2 * np.eye(28)[None, ..., None] - 1).tolist()}, "these go from -1 to 1"),
+    "all -1": ({"instances": [np.zeros((28, 28, 1)).tolist(), np.full((28, 28, 1), -1).tolist()]}, "these go from -1 to 0"),
     "no pixels": ({"instances": np.full((1, 28, 28, 1), 1e15).tolist()}, "expected pixels from 0 to 255, or from 0 to 1"),
     "too large for float32": ({"instances": np.full((1, 28, 28, 1), 1e39).tolist()}, "NaN and infinite"),
     "text": ({"instances": [[[["a"]] * 28] * 28]}, "expected numbers alone"),

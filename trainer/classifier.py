@@ -11,8 +11,8 @@ from trainer import exported, images, loading
 from trainer.errors import RequestError
 
 _BATCH = 32
-# Scaled pixels may be that much off.
-_SLACK = 1.0
+# Scaled pixels may be that much off, of their scale.
+_SLACK = 1 / 255
 
 
 class Classifier:
@@ -22,8 +22,10 @@ class Classifier:
         RequestError: there is no export, or it cannot be read.
     """
 
-    def __init__(self, model_dir: str) -> None:
+    def __init__(self, model_dir: str, shown: str = "") -> None:
+        """Loads the model; `shown` is what pictures show, "digits" or "photos", empty for what the training images do."""
         self.model = exported.load(model_dir)
+        self._shown = shown or self.model.pictures
         self.signature_defs = exported.signature_defs(model_dir)
         self.channels = self.model.input_shape[2]
 
@@ -40,7 +42,7 @@ class Classifier:
 
     def _input(self, pixels: tf.Tensor) -> np.ndarray:
         height, width, channels = self.model.input_shape
-        if self.model.pictures == "digits":
+        if self._shown == "digits":
             return images.to_model_input(pixels, height, width).numpy()
         return images.scaled(tf.reshape(pixels, [*pixels.shape[:2], channels]), height, width).numpy()
 
@@ -80,7 +82,7 @@ class Classifier:
             RequestError: the model cannot use it: bytes that are no picture, or numbers that are no pixels.
         """
         name, _, _ = self.input_of(signature)
-        if inputs.dtype.kind == "f" and not (inputs.min() >= -_SLACK and inputs.max() <= 255 + _SLACK):
+        if inputs.dtype.kind == "f" and not _are_pixels(inputs):
             raise RequestError(
                 f"{name}: expected pixels from 0 to 255, or from 0 to 1; these go from {inputs.min():g} to {inputs.max():g}"
             )
@@ -103,3 +105,9 @@ class Classifier:
     def warm_up(self) -> None:
         """Makes the first prediction, which takes longer than the others."""
         self.classify(self.inputs([Image.new("L" if self.channels == 1 else "RGB", (64, 64))]))
+
+
+def _are_pixels(images: np.ndarray) -> bool:
+    """Whether each of the images, float [N, H, W, C], is from 0 to 1 or from 0 to 255; which, its largest value says."""
+    scale = np.where(images.max(axis=(1, 2, 3), keepdims=True) <= 1, 1, 255)
+    return bool(((images >= -_SLACK * scale) & (images <= (1 + _SLACK) * scale)).all())

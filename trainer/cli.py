@@ -27,6 +27,7 @@ _NOT_FOR_TENSORFLOW = ("matplotlib", "sklearn", "jax")
 
 # Of absl's own `app.run`, which is not used here.
 _NOT_HONOURED = (
+    "log_dir",
     "only_check_args",
     "pdb",
     "pdb_post_mortem",

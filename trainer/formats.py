@@ -225,7 +225,8 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
             if not set(reader.fieldnames or ()) >= _COLUMNS:
                 raise RequestError(f"{file}: its first line must name the columns path and label (and split, if there are both)")
             for row in reader:
-                split = (row.get("split") or file_split).strip().lower()
+                # An empty one is a mistake where there is such a column: a test example would be trained on.
+                split = (row["split"] or "").strip().lower() if "split" in row else file_split
                 if split not in ("train", "test") or not row["path"] or not (row["label"] or "").strip():
                     raise RequestError(f"{file}, line {reader.line_num}: expected a path, a label, and as split train or test")
                 rows.append((split, (file.parent / row["path"], row["label"].strip())))

@@ -179,8 +179,8 @@ class Loop:
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise DivergedError(
-                f"{what} is {values[bad[0]]} at step {self._progress.step + bad[0] + 1}: lower --learning_rate or set "
-                f"--clip_norm; {self._checkpoints.describe()}"
+                f"{what} is {values[bad[0]]} at step {self._progress.step + bad[0] + 1}: begin again in another "
+                f"--model_dir with a lower --learning_rate or with --clip_norm; {self._checkpoints.describe()}"
             )
 
     def _optimizer_values(self, norms: np.ndarray) -> dict[str, float | None]:

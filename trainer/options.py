@@ -87,7 +87,10 @@ def typed(field: dataclasses.Field, value: Any) -> Any:
         except ValueError:
             pass
     if type(value) is not expected:
-        raise RequestError(f"--{field.name}={value}: expected {_TYPES[expected]}")
+        wanted = f"one of {', '.join(field.metadata['choices'])}" if field.metadata["choices"] else _TYPES[expected]
+        # YAML 1.1's on, off, yes and no.
+        quotes = "; off and the like are false in YAML, put a text into quotes" if isinstance(value, bool) else ""
+        raise RequestError(f"--{field.name}={value}: expected {wanted}{quotes}")
     return value
 
 

@@ -72,6 +72,8 @@ def png(image: Image.Image) -> bytes:
 @contextlib.contextmanager
 def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     try:
+        if isinstance(file, Path) and file.exists() and not file.is_file():
+            raise RequestError(f"{name}: cannot be read: no regular file")  # To open a pipe would wait for who writes into it.
         size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
         if size > _MAX_BYTES:
             raise RequestError(f"{name}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")
@@ -111,11 +113,9 @@ def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
 def is_gray(path: Path) -> bool:
     """Whether a file says that it holds no colour; one that cannot be read says nothing against it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-    except Exception:  # As in `load`, which will say so.
+        with _opened(path, str(path)) as image:
+            return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+    except RequestError:  # As in `load`, which will say so.
         return True
 
 

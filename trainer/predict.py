@@ -19,13 +19,14 @@ _BATCH = 32
 _log = logging.getLogger("digitfleet")
 
 
-def predict(model_dir: str, paths: list[Path], on_error: str = "fail") -> Iterator[dict[str, Any]]:
+def predict(model_dir: str, paths: list[Path], on_error: str = "fail", shown: str = "") -> Iterator[dict[str, Any]]:
     """Classifies pictures, some at a time.
 
     Args:
         model_dir: folder of a finished job.
         paths: image files.
         on_error: "fail" at, or "skip" and log, those that are no usable images.
+        shown: "digits" or "photos"; empty for what the training images show.
 
     Yields:
         For each: file, digit (the number of the class), class_name, probability, and the probabilities of all classes.
@@ -39,7 +40,7 @@ def predict(model_dir: str, paths: list[Path], on_error: str = "fail") -> Iterat
         from trainer import loading
         from trainer.classifier import Classifier
 
-        classifier = Classifier(model_dir)
+        classifier = Classifier(model_dir, shown)
     size = loading.batch_size(classifier.model.input_shape, _BATCH)
     for some in (paths[start : start + size] for start in range(0, len(paths), size)):
         inputs = classifier.inputs(pictures.load(path, classifier.channels) for path in some)
@@ -75,6 +76,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "format", "text", ["text", "json"], "What to print, a line an image.", flag_values=values, module_name=sys.argv[0]
     )
     flags.DEFINE_enum(
+        "pictures", None, ["digits", "photos"],
+        "What they show. digits: one each, of any place and polarity; it is looked for, and made light on dark. photos: they are "
+        "only scaled. Unset: digits where training was on arrays of gray images, as MNIST's.",
+        flag_values=values, module_name=sys.argv[0],
+    )  # fmt: skip
+    flags.DEFINE_enum(
         "on_error", "fail", ["fail", "skip"], "Files that are no usable images. skip: name them on stderr, and go on.",
         flag_values=values, module_name=sys.argv[0],
     )  # fmt: skip
@@ -87,7 +94,7 @@ def main(positional: list[str]) -> None:
     if not positional:
         raise RequestError("no image given: python -m trainer.predict --model_dir D FILE...")
     paths = [Path(argument) for argument in positional]
-    for prediction in predict(flags.FLAGS.model_dir, paths, flags.FLAGS.on_error):
+    for prediction in predict(flags.FLAGS.model_dir, paths, flags.FLAGS.on_error, flags.FLAGS.pictures or ""):
         if flags.FLAGS.format == "json":
             cli.show(json.dumps(prediction))
         else:
