@@ -91,6 +91,14 @@ def test_storage_that_fails_is_told_although_it_does_not_show_what_is_safe(
         checkpoints.save(Progress(step=4))
 
 
+def test_folder_that_cannot_be_made_is_no_defect(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Path, "mkdir", stale)
+    with pytest.raises(Stopped, match=r"new/checkpoints cannot be written \(Stale file handle\): no checkpoint yet"):
+        Checkpoints(tmp_path / "new", checkpoints._state, keep=3, is_chief=True)
+
+
 def test_copy_beside_the_checkpoints_is_none(checkpoints: Checkpoints, tmp_path: Path) -> None:
     copy = tmp_path / "checkpoints" / "step-00000009.bak"
     shutil.copytree(tmp_path / "checkpoints" / "step-00000002", copy)

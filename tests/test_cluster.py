@@ -328,6 +328,8 @@ def test_ranks_are_refused_a_gpu_of_two_and_others_than_ranks_take_what_they_see
     environment = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
     with pytest.raises(RequestError, match="PMI has started 2 ranks on a node with 1 GPUs: start one for each"):
         take_own_gpus(from_environment(environment), environment, tmp_path)
+    with pytest.raises(RequestError, match="MPI_LOCALRANKID=2 is out of range: MPI_LOCALNRANKS=2"):
+        take_own_gpus(from_environment(environment), {**environment, "MPI_LOCALRANKID": "2"}, tmp_path)
     take_own_gpus(Cluster("TF_CONFIG", tuple(WORKERS), 0), environment, tmp_path)
     assert "CUDA_VISIBLE_DEVICES" not in environment
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from trainer import classifier, evaluate, images, pictures, predict, serve
 from trainer.errors import RequestError
+from trainer.export import export
 from trainer.images import gray_from_bytes, rgb_from_bytes, to_model_input
 
 
@@ -324,6 +325,15 @@ def test_gray_arrays_that_are_no_digits_are_only_scaled_if_asked_for(digits, mod
     model = keras.models.load_model(model_dir / "model.keras", compile=False)
     np.testing.assert_allclose(as_photo, tf.nn.softmax(model(pixels))[0], atol=1e-4)
     assert as_digit != as_photo
+
+
+def test_digits_are_not_looked_for_in_coloured_pictures(tmp_path: Path) -> None:
+    colours = keras.Input((12, 12, 3))
+    model = keras.Model(colours, keras.layers.Dense(2)(keras.layers.Flatten()(colours)))
+    export(model, tmp_path, ("a", "b"), "photos")
+    assert classifier.Classifier(str(tmp_path)).inputs([Image.new("RGB", (20, 20))]).shape == (1, 12, 12, 3)
+    with pytest.raises(RequestError, match="--pictures=digits: the model takes coloured pictures"):
+        classifier.Classifier(str(tmp_path), "digits")
 
 
 def test_transparent_colour_becomes_white() -> None:

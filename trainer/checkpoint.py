@@ -28,7 +28,6 @@ _log = logging.getLogger("digitfleet")
 _DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
 # What TensorFlow raises where files could not be read this time, whatever is in them.
 _FAILED = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
-
 # What TensorFlow raises where files cannot be written. Others are a defect of what was to be computed or traced.
 WRITE_ERRORS = (*_FAILED, tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError,
                 tf.errors.NotFoundError, tf.errors.DataLossError)  # fmt: skip
@@ -63,7 +62,8 @@ class Checkpoints:
     ) -> None:
         self._folder = model_dir / "checkpoints"
         if is_chief:
-            self._folder.mkdir(exist_ok=True)
+            with storage.stop_when_full(str(self._folder), self.describe):
+                self._folder.mkdir(exist_ok=True)
         self._state = state
         self._keep = keep
         self._is_chief = is_chief

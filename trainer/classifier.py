@@ -19,7 +19,7 @@ class Classifier:
     """The model in `model_dir`/export. Several threads may use it at a time.
 
     Raises:
-        RequestError: there is no export, or it cannot be read.
+        RequestError: there is no export, or it cannot be read, or its pictures cannot show that.
     """
 
     def __init__(self, model_dir: str, shown: str = "") -> None:
@@ -28,6 +28,8 @@ class Classifier:
         self._shown = shown or self.model.pictures
         self.signature_defs = exported.signature_defs(model_dir)
         self.channels = self.model.input_shape[2]
+        if self._shown == "digits" and self.channels != 1:
+            raise RequestError("--pictures=digits: the model takes coloured pictures, and digits are looked for in gray ones")
 
     def inputs(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         """What the network sees.

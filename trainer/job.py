@@ -181,10 +181,12 @@ def _restore(
     restarts: int,
 ) -> Progress:
     """Gives the variables the values of the newest checkpoint, the same for all workers, and says where training goes on."""
-    progress = checkpoints.restore_latest() or Progress()
+    with storage.reading(model_dir):
+        progress = checkpoints.restore_latest() or Progress()
     steps_restored = sum_over_workers(tf.constant(agreement.own_places(progress.step)))
     agreement.check_steps(np.asarray(steps_restored), model_dir)
-    checkpoints.remove_newer(progress.step)
+    with storage.reading(model_dir):
+        checkpoints.remove_newer(progress.step)
     if progress.finished:
         _log.info("training ended at step %d before; its weights are still to be evaluated and exported", progress.step)
     elif progress.step:

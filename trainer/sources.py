@@ -236,7 +236,10 @@ def place_on_node(environment: Environment) -> tuple[int, int] | None:
         ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ):
         if environment.get(index_name):
-            return _number(environment, index_name), _number(environment, count_name, default=1, at_least=1)
+            index, count = _number(environment, index_name), _number(environment, count_name, default=1, at_least=1)
+            if index >= count:
+                raise RequestError(f"{index_name}={index} is out of range: {count_name}={count}")
+            return index, count
     return None
 
 
