@@ -104,7 +104,14 @@ def find(data_dir: str) -> None:
             formats.recognise(Path(data_dir))
 
 
-def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None = None, *, on_error: str = "fail") -> Dataset:
+def load(
+    data_dir: str,
+    num_classes: int = 0,
+    image_size: tuple[int, int] | None = None,
+    *,
+    on_error: str = "fail",
+    test_only: bool = False,
+) -> Dataset:
     """Finds out what kind of data set it is, and reads it: all of it, or where its records are.
 
     Args:
@@ -113,6 +120,8 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
         num_classes: number of classes; 0 for the largest label plus one.
         image_size: height and width that images are scaled to; None for their own.
         on_error: "fail" or "skip" what is damaged, of prepared data.
+        test_only: whether nothing is trained on: unless they are prepared, training images are not read, and what has no test
+            set is one.
 
     Raises:
         RequestError: something is missing or damaged, or does not fit together.
@@ -124,7 +133,7 @@ def load(data_dir: str, num_classes: int = 0, image_size: tuple[int, int] | None
     if prepared:
         train, test, names, sha256, kind, found = _load_records(data_dir, image_size, on_error)
     else:
-        train, test, names, sha256, kind, found = _load_collection(data_dir, image_size)
+        train, test, names, sha256, kind, found = _load_collection(data_dir, image_size, test_only)
     if min(train.image_shape[:2]) < _MIN_SIDE:
         raise RequestError(
             f"{data_dir or 'embedded MNIST'}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give a "
@@ -171,17 +180,21 @@ def _is_prepared(data_dir: str) -> bool:
     return bool(data_dir) and (records.is_prepared(data_dir) or records.is_remote(data_dir))
 
 
-def _load_collection(data_dir: str, image_size: tuple[int, int] | None) -> _Found:
+def _load_collection(data_dir: str, image_size: tuple[int, int] | None, test_only: bool) -> _Found:
     if data_dir:
         collection = formats.collect("auto", Path(data_dir))
     else:
         splits = {split: formats.idx_split(EMBEDDED, split, _EMBEDDED_SHA256) for split in formats.IDX_FILES}
         collection = Collection(format="idx", splits=splits, class_names=formats.numbered(splits), pictures="digits")
-    if "test" not in collection.splits:
+    splits = collection.splits
+    if test_only:
+        train = test = _in_memory(data_dir, splits.get("test", splits["train"]), image_size)
+    elif "test" in splits:
+        train, test = (_in_memory(data_dir, splits[split], image_size) for split in ("train", "test"))
+    else:
         raise RequestError(
             f"{data_dir}: has a training set only; add a test set, or let trainer.prepare --test_fraction=0.1 split one off"
         )
-    train, test = (_in_memory(data_dir, collection.splits[split], image_size) for split in ("train", "test"))
     sha256 = hashlib.sha256((train.sha256() + test.sha256()).encode()).hexdigest()
     names = {"idx": "IDX files", "npz": "npz archive", "images": "folders of pictures by class", "csv": "CSV of pictures"}
     return train, test, collection.class_names, sha256, collection.pictures, names[collection.format]

@@ -22,7 +22,8 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
 
     Args:
         model_dir: folder of a finished job.
-        data_dir: the data set, as `dataset.load` takes it; its images are scaled to the model's. None: the job's own.
+        data_dir: the data set, as `dataset.load` takes it, with or without a training set; its images are scaled to the model's.
+            None: the job's own.
         on_error: "fail" or "skip" what is damaged, of prepared data. None: as the job did with its own data; else "fail".
 
     Returns:
@@ -49,7 +50,7 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
 
         model = exported.load(model_dir)
     height, width, channels = model.input_shape
-    data = dataset.load(data_dir, image_size=(height, width), on_error=config.on_error)
+    data = dataset.load(data_dir, image_size=(height, width), on_error=config.on_error, test_only=data_dir != own)
     # What is left of damaged data has another hash.
     whole = job.get("on_error", "fail") == config.on_error == "fail"
     if data_dir == own and whole and run.get("data_sha256", data.sha256) != data.sha256:
