@@ -173,7 +173,7 @@ class Config:
     step_timeout: float = option(
         600.0,
         "Seconds without a word from a peer, or without a finished tf.function call here (ten times as long for the first "
-        "ones, which compile), after which the job ends with 75. 0: never.",
+        "ones, which compile), after which the job ends with 75; at least 3 with several workers. 0: never.",
         at_least=0,
         result=False,
         shared=False,
