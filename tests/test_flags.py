@@ -20,7 +20,7 @@ rendezvous_timeout step_timeout grace_period early_stopping_patience checkpoint_
 num_devices profile_steps target_accuracy
 image_size input_pipeline on_error data_service
 histograms_every report test metrics_port metrics_host precise_bn_examples width_multiplier elastic_pixels
-augment_fade augment_magnitude
+augment_fade augment_magnitude test_time_augment
 """.split()
 
 WRONG = [
@@ -37,7 +37,7 @@ WRONG = [
     ["--l2=-1"], ["--label_smoothing=1"], ["--label_smoothing=-0.5"], ["--clip_norm=-1"], ["--ema_decay=1"],
     ["--ema_decay=-0.9"], ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps=3", "--global_batch_size=32"],
     ["--activation=relu7"], ["--pooling=min"], ["--dropout_rate=1"], ["--dropout_rate=-0.1"], ["--augment=yes"],
-    ["--elastic_pixels=0"], ["--elastic_pixels=5"], ["--augment_fade=2"], ["--augment_magnitude=0"],
+    ["--elastic_pixels=0"], ["--elastic_pixels=5"], ["--augment_fade=2"], ["--augment_magnitude=0"], ["--test_time_augment=flip"],
     ["--precision=float16"], ["--jit_compile=maybe"], ["--all_reduce=gloo"], ["--rendezvous_timeout=0"], ["--step_timeout=-1"],
     ["--grace_period=0"], ["--early_stopping_patience=-1"], ["--early_stopping_patience=3", "--validation_fraction=0"],
     ["--checkpoint_every_steps=0"], ["--keep_checkpoints=0"], ["--num_devices=-2"], ["--num_devices=2", "--strategy=one_device"],

@@ -14,6 +14,7 @@ from trainer.job import _gradients_kept
 from trainer.models import inference_model, training_model, weights_of
 from trainer.optimizers import Schedule, make_optimizer
 from trainer.presets import from_preset
+from trainer.views import make_inference
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (64, 12, 12, 1), np.uint8)
@@ -275,7 +276,7 @@ def test_evaluation_ignores_padding_and_agrees_with_scikit_learn() -> None:
         model = inference_model(config, (12, 12, 1), 4)
     examples = Examples(IMAGES[:61], LABELS[:61])
     dataset = strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, 16))
-    totals = steps.make_eval_loop(model, strategy)(iter(dataset), tf.constant(4, tf.int64)).numpy()
+    totals = steps.make_eval_loop(make_inference(model), strategy)(iter(dataset), tf.constant(4, tf.int64)).numpy()
     probabilities = keras.ops.softmax(model(IMAGES[:61].astype(np.float64))).numpy()
     assert totals[steps.EXAMPLES] == 61
     assert totals[steps.CORRECT] / 61 == accuracy_score(LABELS[:61], probabilities.argmax(1))

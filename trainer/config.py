@@ -69,17 +69,9 @@ class Config:
         "the rest.",
         choices=("fail", "skip"),
     )
-    model_dir: str = option(
-        "",
-        "Folder of this run's output. Empty: runs/<preset>-<UTC time>.",
-        result=False,
-        shared=False,
-    )
+    model_dir: str = option("", "Folder of this run's output. Empty: runs/<preset>-<UTC time>.", result=False, shared=False)
     validation_fraction: float = option(
-        0.1,
-        "Share of the training set kept for validation, stratified by class. 0: train on everything.",
-        at_least=0,
-        below=1,
+        0.1, "Share of the training set kept for validation, stratified by class. 0: train on everything.", at_least=0, below=1
     )
     num_classes: int = option(0, "Number of classes. 0: the largest label of the data plus one.", at_least=0, at_most=100_000)
     global_batch_size: int = option(256, "Examples in one step, over all replicas and workers.", at_least=1)
@@ -151,6 +143,13 @@ class Config:
     elastic_pixels: float = option(3.0, "Most that elastic's control points move, in pixels; up to 4.", above=0, at_most=4)
     augment_magnitude: float = option(1.0, "Factor of --augment's changes; shift goes up to whole pixels.", above=0, at_most=3)
     augment_fade: float = option(0.0, "Last share of training, over which --augment fades to nothing.", at_least=0, at_most=1)
+    test_time_augment: str = option(
+        "none",
+        "What the test set, the report and the export answer from. shift: the mean probabilities of an image and of it moved by "
+        "a pixel to each of eight sides; nine times the work.",
+        choices=("none", "shift"),
+        result=False,
+    )
     precision: str = option(
         "float32",
         "Number format of the computation. mixed_*: 16 bit with float32 weights, float16 with dynamic loss scaling. auto: "

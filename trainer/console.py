@@ -23,7 +23,8 @@ _LINE_EVERY_SECS = 10.0
 def say(line: str) -> None:
     """Prints a line; if nobody can read it, says so once and prints no more."""
     try:
-        print(line, flush=True)
+        # In one piece: threads print, too.
+        print(f"{line}\n", end="", flush=True)
     except OSError as error:
         # Python would try again at its end.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -93,11 +94,18 @@ def _scores(record: dict[str, Any]) -> str:
     return f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}"
 
 
+def examples_of(result: dict[str, Any]) -> str:
+    """How many test examples a result is about, and what more than the model was in it."""
+    # Of versions before there is none.
+    views = result.get("test_time_augment", "none")
+    return f"{result['test_examples']} examples" + ("" if views == "none" else f", --test_time_augment={views}")
+
+
 def print_result(result: dict[str, Any], model_dir: str) -> None:
     """The short table at the end."""
     table = Table(show_header=False, box=None, pad_edge=False)
     if result["test_accuracy"] is not None:
-        accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples"
+        accuracy = f"{result['test_accuracy']:.2%} of {examples_of(result)}"
         table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
     if result["validation_accuracy"] is not None:
         table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")

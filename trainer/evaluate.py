@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from trainer import cli, dataset, storage
+from trainer import cli, console, dataset, storage
 from trainer.config import Config
 from trainer.errors import RequestError
 
@@ -27,7 +27,7 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
         on_error: "fail" or "skip" what is damaged, of prepared data. None: as the job did with its own data; else "fail".
 
     Returns:
-        test_accuracy, test_loss (nats) and test_examples.
+        test_accuracy, test_loss (nats), test_examples, and the model's test_time_augment.
 
     Raises:
         RequestError: there is no export, or the data does not fit it.
@@ -75,6 +75,7 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
         "test_accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
         "test_loss": float(np.log(1 / np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
         "test_examples": len(labels),
+        "test_time_augment": model.test_time_augment,
     }
 
 
@@ -109,7 +110,7 @@ def main(positional: list[str]) -> None:
     if flags.FLAGS.format == "json":
         cli.show(json.dumps(result))
     else:
-        cli.show(f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}  of {result['test_examples']} examples")
+        cli.show(f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}  of {console.examples_of(result)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Evaluations of a job: each example of a set exactly once, over all replicas and workers."""
 
+import functools
 from collections.abc import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import loading, pipeline, steps
+from trainer import loading, pipeline, steps, views
 from trainer.dataset import Part
 from trainer.topology import Topology
 
 _BATCH_PER_REPLICA = 500
-Evaluation = Callable[[], np.ndarray]
+# Of `--test_time_augment`; none where nothing is given.
+Evaluation = Callable[..., np.ndarray]
 # Between calls a watch is fed: one of all of a large set would outlive --step_timeout.
 _BATCHES_PER_CALL = 10
 
@@ -32,7 +34,10 @@ def make_evaluations(
         moved: is called after every few batches; by all workers alike.
         keep: as for `job.run`.
     """
-    eval_loop = steps.make_eval_loop(model, topology.strategy)
+
+    @functools.cache
+    def eval_loop(test_time_augment: str) -> steps.EvalLoop:
+        return steps.make_eval_loop(views.make_inference(model, test_time_augment), topology.strategy)
 
     def make(examples: Part) -> Evaluation:
         batch = loading.batch_size(examples.image_shape, _BATCH_PER_REPLICA) * topology.num_replicas
@@ -41,10 +46,11 @@ def make_evaluations(
         batches = iter(topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch)))
         keep(batches)
 
-        def evaluate() -> np.ndarray:
+        def evaluate(test_time_augment: str = "none") -> np.ndarray:
             totals = tf.zeros([3], tf.float64)
             for first in range(0, num_batches, _BATCHES_PER_CALL):
-                totals += eval_loop(batches, tf.constant(min(_BATCHES_PER_CALL, num_batches - first), tf.int64))
+                count = min(_BATCHES_PER_CALL, num_batches - first)
+                totals += eval_loop(test_time_augment)(batches, tf.constant(count, tf.int64))
                 moved()
             return np.asarray(sum_over_workers(totals))
 

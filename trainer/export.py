@@ -11,6 +11,7 @@ from trainer import storage
 from trainer.images import gray_from_bytes, rgb_from_bytes, scaled, to_model_input
 from trainer.models import weights_of
 from trainer.tracing import graph
+from trainer.views import make_inference
 
 
 def weights_sha256(model: keras.Model) -> str:
@@ -27,24 +28,25 @@ class Exported(tf.Module):
     All give {"probabilities": float32 [N, classes], "classes": int64 [N], "class_names": string [N]}.
     """
 
-    def __init__(self, model: keras.Model, class_names: tuple[str, ...], pictures: str) -> None:
-        """Takes the model and, as in `dataset.Dataset`, the names of its classes and what the pictures show."""
+    def __init__(self, model: keras.Model, class_names: tuple[str, ...], pictures: str, test_time_augment: str) -> None:
+        """Takes what `export` does."""
         super().__init__()
         self.model = model
         # What layers draw numbers from Keras 3.15 keeps where TensorFlow does not look; random layers use it in inference, too.
         self._state = [variable.value for variable in model.variables]
         self.height, self.width, self.channels = model.inputs[0].shape[1:]
         unnamed = map(str, range(len(class_names), model.outputs[0].shape[1]))
-        self._names, self._pictures = (*class_names, *unnamed), pictures
+        self._names, self._pictures, self._test_time_augment = (*class_names, *unnamed), pictures, test_time_augment
+        self._infer = make_inference(model, test_time_augment)
 
     @graph(input_signature=[])
     def describe(self) -> dict[str, tf.Tensor]:
-        """{"class_names": string [classes], "pictures": string []}, for those who load the export with TensorFlow."""
-        return {"class_names": tf.constant(self._names), "pictures": tf.constant(self._pictures)}
+        """For those who load the export with TensorFlow: strings, "class_names" [classes], and two [], as `export` takes them."""
+        told = {"class_names": self._names, "pictures": self._pictures, "test_time_augment": self._test_time_augment}
+        return {name: tf.constant(value) for name, value in told.items()}
 
     def _predict(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = self.model(tf.cast(images, self.model.inputs[0].dtype), training=False)
-        probabilities = tf.cast(tf.nn.softmax(logits), tf.float32)
+        probabilities = tf.cast(tf.nn.softmax(self._infer(images)), tf.float32)
         classes = tf.argmax(probabilities, axis=-1)
         return {"probabilities": probabilities, "classes": classes, "class_names": tf.gather(self._names, classes)}
 
@@ -74,7 +76,9 @@ class Exported(tf.Module):
         return {name: graph(function).get_concrete_function(spec) for name, (function, spec) in makers.items()}
 
 
-def export(model: keras.Model, model_dir: Path, class_names: tuple[str, ...], pictures: str) -> None:
+def export(
+    model: keras.Model, model_dir: Path, class_names: tuple[str, ...], pictures: str, test_time_augment: str = "none"
+) -> None:
     """Writes `model_dir`/model.keras and `model_dir`/export, each whole or not at all.
 
     Args:
@@ -82,8 +86,9 @@ def export(model: keras.Model, model_dir: Path, class_names: tuple[str, ...], pi
         model_dir: the run's folder.
         class_names: by label.
         pictures: "digits" or "photos", as in `dataset.Dataset`.
+        test_time_augment: of the export's answers, as in `views.make_inference`; model.keras is the network alone.
     """
     storage.write_file(model_dir / "model.keras", lambda path: model.save(path))
-    exported = Exported(model, class_names, pictures)
+    exported = Exported(model, class_names, pictures, test_time_augment)
     signatures = exported.signatures()
     storage.write_folder(model_dir / "export", lambda folder: tf.saved_model.save(exported, str(folder), signatures=signatures))

@@ -14,9 +14,9 @@ from trainer.storage import export_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """The signatures of an export, the images it takes, (H, W, C), its classes' names and what pictures show.
+    """The signatures of an export, and what `export.export` was given.
 
-    `owner` is the loaded object, which owns the variables that the signatures use.
+    `owner` is the loaded object, which owns the variables that the signatures use; `input_shape` is (H, W, C).
     """
 
     owner: Any
@@ -24,6 +24,7 @@ class Model:
     input_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     pictures: str
+    test_time_augment: str
 
 
 def load(model_dir: str) -> Model:
@@ -48,7 +49,9 @@ def load(model_dir: str) -> Model:
     height, width, channels = spec.shape[1:]
     described = {name: value.numpy() for name, value in loaded.describe().items()}
     names = tuple(name.decode() for name in described["class_names"])
-    return Model(loaded, signatures, (height, width, channels), names, described["pictures"].decode())
+    # Versions before have no views of an image.
+    test_time_augment = described.get("test_time_augment", b"none").decode()
+    return Model(loaded, signatures, (height, width, channels), names, described["pictures"].decode(), test_time_augment)
 
 
 def signature_defs(model_dir: str) -> dict[str, Any]:

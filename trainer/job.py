@@ -149,8 +149,8 @@ def _train(
         weights_step = Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
         # The only look at the test set, after everything has been chosen.
         watch.feed("testing", compiles=True)
-        test = evaluate(test_set)() if config.test else None
-        validation = work.validate() if work.validate else None
+        test = evaluate(test_set)(config.test_time_augment) if config.test else None
+        validation = work.validate(config.test_time_augment) if work.validate else None
         selected = weights_step, weights_sha256(state.inference)
         result = _result(config, plan, topology, progress, restarts, dataset.skipped, test, validation, selected)
         _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
@@ -161,7 +161,7 @@ def _train(
                                  "loss": result["test_loss"], "accuracy": result["test_accuracy"]})  # fmt: skip
             if topology.is_chief:
                 start.check()
-                _export(plain, state, dataset, model_dir)
+                _export(plain, state, dataset, config)
             split, shown = ("test", test_set) if config.test else ("validation", validation_set)
             if config.report and not shown:
                 _log.info("no report: --notest and --validation_fraction=0 leave no examples to show")
@@ -248,10 +248,10 @@ def _gradients_kept(model: keras.Model) -> list[tf.Variable]:
     ]
 
 
-def _export(plain: keras.Model, state: steps.State, dataset: Dataset, model_dir: Path) -> None:
+def _export(plain: keras.Model, state: steps.State, dataset: Dataset, config: Config) -> None:
     for plain_variable, variable in zip(weights_of(plain), weights_of(state.inference), strict=True):
         plain_variable.assign(variable.numpy())
-    export(plain, model_dir, dataset.class_names, dataset.pictures)
+    export(plain, Path(config.model_dir), dataset.class_names, dataset.pictures, config.test_time_augment)
 
 
 def train_iterator(config: Config, examples: Part, first_step: int, topology: Topology) -> Any:
@@ -281,6 +281,7 @@ def _result(
         "test_examples": None if test is None else int(test[steps.EXAMPLES]),
         "skipped_examples": skipped,
         "validation_accuracy": None if validation is None else float(validation[steps.CORRECT] / validation[steps.EXAMPLES]),
+        "test_time_augment": config.test_time_augment,
         "steps": progress.step,
         "epochs": plan.epochs_at(progress.step),
         "train_seconds": progress.train_seconds,

@@ -6,6 +6,8 @@ from typing import Any
 
 import jinja2
 
+from trainer.console import examples_of
+
 
 def render(template: str, values: Mapping[str, Any]) -> str:
     """A file of `templates/` filled in; in pages what looks like markup is escaped, except for pictures."""
@@ -16,7 +18,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "examples_of": examples_of}
     return environment.get_template(template).render(values)
 
 

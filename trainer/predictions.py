@@ -11,6 +11,7 @@ import tensorflow as tf
 from trainer import loading
 from trainer.dataset import Examples, Part
 from trainer.tracing import graph
+from trainer.views import make_inference
 
 # Enough for every picture; a test set of millions would only take time and memory. Fewer of large images.
 _MOST_EXAMPLES = 10_000
@@ -59,7 +60,12 @@ class Predictions:
 
 
 def predict(
-    model: keras.Model, examples: Part, split: str, class_names: tuple[str, ...], moved: Callable[[], object] = lambda: None
+    model: keras.Model,
+    examples: Part,
+    split: str,
+    class_names: tuple[str, ...],
+    moved: Callable[[], object] = lambda: None,
+    test_time_augment: str = "none",
 ) -> Predictions:
     """Classifies examples, 10,000 at most: of more in memory, which may lie class by class, some from everywhere; else the first.
 
@@ -69,6 +75,7 @@ def predict(
         split: its name.
         class_names: by label; classes without one are called by their number.
         moved: called after each batch.
+        test_time_augment: of the probabilities, as in `views.make_inference`; features are of the image itself.
     """
     class_names = (*class_names, *map(str, range(len(class_names), model.outputs[0].shape[1])))
     with_features, num_features = _with_features(model)
@@ -81,6 +88,7 @@ def predict(
     @graph(reduce_retracing=True)
     def answers(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         features, logits = with_features(tf.cast(images, model.inputs[0].dtype), training=False)
+        logits = logits if test_time_augment == "none" else make_inference(model, test_time_augment)(images)
         return tf.reshape(features, [tf.shape(images)[0], -1]), tf.nn.softmax(tf.cast(logits, tf.float32))
 
     rows: list[tuple[np.ndarray, ...]] = []

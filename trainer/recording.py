@@ -120,7 +120,7 @@ class Recording:
 
             model_dir = Path(self._config.model_dir)
             try:
-                answers = predictions.predict(model, shown, split, dataset.class_names, moved)
+                answers = predictions.predict(model, shown, split, dataset.class_names, moved, self._config.test_time_augment)
             except tf.errors.ResourceExhaustedError as error:
                 # Of memory; the writers' is of the disk.
                 raise MemoryError(error.message) from error

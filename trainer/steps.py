@@ -258,8 +258,8 @@ def make_average_statistics(state: State, strategy: tf.distribute.Strategy) -> C
     return average_statistics
 
 
-def make_eval_loop(model: keras.Model, strategy: tf.distribute.Strategy) -> EvalLoop:
-    """Evaluation in one call.
+def make_eval_loop(infer: Callable[[tf.Tensor], tf.Tensor], strategy: tf.distribute.Strategy) -> EvalLoop:
+    """Evaluation in one call of what `views.make_inference` makes.
 
     Returns:
         A function of an iterator of `pipeline.eval_dataset_fn` and the number of batches, int64 []; it gives the sums over
@@ -267,7 +267,7 @@ def make_eval_loop(model: keras.Model, strategy: tf.distribute.Strategy) -> Eval
     """
 
     def replica_eval(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-        logits = model(tf.cast(images, model.inputs[0].dtype), training=False)
+        logits = infer(images)
         return _totals(cross_entropy(labels, logits), _correct(labels, logits), weights)
 
     @graph

@@ -43,7 +43,7 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
     folder, preset = search.folder_of(best.number), search.folder / PRESET
     storage.write_text(preset, _preset(search, best))
     if before.get("best_trial") == best.number:
-        test = {name: before[name] for name in ("test_accuracy", "test_loss", "test_examples")}
+        test = {name: value for name, value in before.items() if name.startswith("test_")}
     else:
         test = evaluate.evaluate(str(folder), search.config.data_dir)
     states = [found.state for found in search.trials()]
@@ -104,7 +104,7 @@ def _write_report(search: Search, result: dict[str, Any] | None) -> None:
 def show(search: Search, result: dict[str, Any]) -> None:
     """Prints the result."""
     rows = {
-        "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']} examples",
+        "test accuracy": f"{result['test_accuracy']:.2%} of {console.examples_of(result)}",
         "validation accuracy": f"{result['best_validation_accuracy']:.2%}, the best of {result['num_finished']} trials "
         f"({result['num_pruned']} ended early, {result['num_failed']} more failed)",
         "model": f"{result['model_dir']}/export, {result['model_dir']}/model.keras",
