@@ -238,6 +238,7 @@ def test_rank_that_does_not_come_is_named_at_the_deadline(rank: int, missing: st
     [
         ({"TF_CONFIG": "{"}, "not understood"),
         ({"TF_CONFIG": "[]"}, "not understood (TypeError: [] is no object)"),
+        ({"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": true}}'}, "index true"),
         (tf_config({"worker": WORKERS}, index=3), "index 3 is out of range"),
         (tf_config({"worker": WORKERS}, index=-1), "index -1 is out of range"),
         (tf_config({"worker": WORKERS}, kind="chief"), "'chief' is not in the cluster"),

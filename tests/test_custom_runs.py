@@ -43,6 +43,16 @@ def test_layers_that_draw_numbers_of_their_own_are_told(caplog: pytest.LogCaptur
     assert told == [layer.name for layer in layers]
 
 
+@pytest.mark.parametrize(("options", "told"), [({}, []), ({"dropout": 0.2}, ["cell"]), ({"recurrent_dropout": 0.2}, ["cell"])])
+def test_recurrent_layers_are_told_of_where_they_drop_something(
+    options: dict, told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = keras.Input((8, 8))
+    model = keras.Model(rows, keras.layers.RNN(keras.layers.GRUCell(3, name="cell", **options))(rows))
+    drop_by_position(model, 0)
+    assert [record.args[0] for record in caplog.records] == told
+
+
 def test_dropout_that_is_called_again_drops_others() -> None:
     values, drop = keras.Input((50,)), keras.layers.Dropout(0.5)
     model, once = keras.Model(values, [drop(values), drop(values)]), keras.Model(values, drop(values))

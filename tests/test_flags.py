@@ -30,7 +30,7 @@ WRONG = [
     ["--validation_fraction=1"], ["--validation_fraction=-0.1"], ["--validation_fraction=nan"], ["--validation_fraction=half"],
     ["--num_classes=-1"], ["--num_classes=1"], ["--num_classes=ten"], ["--global_batch_size=0"], ["--global_batch_size=-4"],
     ["--global_batch_size=2.5"], ["--epochs=0"], ["--epochs=-1.5"],
-    ["--epochs=nan"], ["--max_steps=-1"], ["--steps_per_loop=0"], ["--seed=-1"],
+    ["--epochs=nan"], ["--epochs=1e300"], ["--max_steps=-1"], ["--steps_per_loop=0"], ["--seed=-1"],
     ["--seed=4294967296"],
     ["--seed=x"], ["--deterministic=perhaps"], ["--optimizer=adamw"], ["--learning_rate=0"], ["--learning_rate=-1"],
     ["--learning_rate=inf"], ["--learning_rate=1e-3x"], ["--lr_schedule=step"], ["--warmup_steps=-5"], ["--weight_decay=-0.1"],

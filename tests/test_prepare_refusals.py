@@ -16,7 +16,7 @@ def wrong_npz(path: Path, **arrays: np.ndarray) -> Path:
 WRONG = {
     "nothing there": (lambda folder: folder / "none", "there is no such file or folder"),
     "empty folder": (lambda folder: folder, "no data set that is known here"),
-    "text as npz": (lambda folder: write_text(folder / "a.npz", "hello"), "no readable .npz"),
+    "text as npz": (lambda folder: write_text(folder / "a.npz", "hello"), "it is no zip archive"),
     "npz of something else": (lambda folder: wrong_npz(folder / "a.npz", weights=GRAY), "no x_train in it, but weights"),
     "npz without labels": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY), "y_train is not"),
     "npz of floats": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY / 255, y_train=LABELS), "expected as uint8"),
@@ -25,7 +25,7 @@ WRONG = {
     "npz of one-hot labels": (
         lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=np.eye(7)[LABELS]), "one number from 0 on"),
     "npz of one label": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=np.array(3)), "one number from 0 on"),
-    "npz of nothing": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY[:0], y_train=LABELS[:0]), "one number from 0 on"),
+    "npz of nothing": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY[:0], y_train=LABELS[:0]), "x_train is empty"),
     "npz of numbers": (
         lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=LABELS * 10**6), "expected numbers of classes"),
     "npz of fewer labels": (lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=LABELS[:60]), "60 labels"),
@@ -84,7 +84,8 @@ def test_wrong_source_is_one_line_and_leaves_no_data_set(kind: str, tmp_path: Pa
 WRONG_FLAGS = {
     "--input=/tmp": "--output must be given", "--output=/tmp/x": "--input must be given", "--source=tar": "should be one of",
     "--num_shards=0": "num_shards", "--channels=2": "--channels=2", "--image_size=3x": "--image_size=3x",
-    "--output=gs://bucket/x": "only jobs read gs://", "--test_fraction=1": "test_fraction", "more": "unexpected argument",
+    "--output=gs://bucket/x": "only jobs read gs://", "--test_fraction=1": "test_fraction",
+    "--test_fraction=nan": "--test_fraction=nan", "--num_examples=100000000000": "num_examples", "more": "unexpected argument",
 }  # fmt: skip
 
 

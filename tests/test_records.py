@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, arguments
 
 from trainer import damage, dataset, evaluate, loading, records, storage, streaming
 from trainer.collection import Collection, Images, Split
+from trainer.config import Config
 from trainer.convert import convert
 from trainer.errors import RequestError, Stopped
 from trainer.presets import from_preset
@@ -231,6 +232,8 @@ def test_shard_of_other_records_is_known_although_none_is_damaged(tmp_path: Path
     assert problems == [f"{folder / SHARD}: holds other records than dataset.json says (its SHA-256 differs)"]
     assert (len(left), left.skipped) == (150, 50)
     assert damage.first_damage(found, lambda _: None) == problems[0]
+    with pytest.raises(RequestError, match=f"{SHARD}: holds other records .*--on_error=skip"):
+        loading.resident(found, Config())
 
 
 def test_shard_that_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:

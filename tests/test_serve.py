@@ -4,7 +4,9 @@ import base64
 import concurrent.futures
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +59,13 @@ def test_every_element_that_the_scripts_ask_for_is_on_the_page() -> None:
     for path in folder.glob("*.js"):
         asked = set(re.findall(r'byId\("([^"]+)"\)', path.read_text()))
         assert asked <= ids, path
+
+
+def test_export_that_is_cut_short_is_told(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "export", tmp_path / "export")
+    os.truncate(tmp_path / "export" / "variables" / "variables.data-00000-of-00001", 1000)
+    with pytest.raises(RequestError, match=r"export is damaged \(.*\): remove .*result.json and run the job's command again"):
+        exported.load(str(tmp_path))
 
 
 def test_probe_and_description(server: Server) -> None:
@@ -185,7 +194,7 @@ WRONG = {
     "no picture": ({"signature_name": "image_bytes", "instances": [{"b64": "AAAA"}]}, "picture 0: no image"),
     "half a picture": (
         {"signature_name": "image_bytes", "instances": [{"b64": base64.b64encode(png(np.eye(99) > 0)[:90]).decode()}]},
-        "image_bytes: ",
+        "image_bytes: Invalid PNG data",
     ),
     "too many": ({"instances": np.zeros((257, 28, 28, 1), int).tolist()}, "257 pictures given: a request takes 1 to 256"),
 }  # fmt: skip

@@ -65,6 +65,8 @@ def test_lines_after_the_step_gone_on_from_are_removed_and_so_is_a_half_line(tmp
     path = tmp_path / "metrics.jsonl"
     records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "test"), (3, "train"))]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2, "lo')
+    with open(path, "ab") as file:
+        file.write(b"\xff\xfe")  # As a disk may leave what was not written to the end.
     lines = JsonLines(path, first_step=2)
     lines.write({"step": 3, "split": "train", "loss": float("nan")})
     lines.close()

@@ -246,7 +246,7 @@ def test_search_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path) -> N
 )
 def test_other_flags_in_the_same_folder_are_refused_with_the_difference(flags: list[str], words: str, search_in) -> None:
     search_in(num_trials=1)
-    with pytest.raises(RequestError, match=rf"study holds another search: {re.escape(words)}$"):
+    with pytest.raises(RequestError, match=rf"study holds another search: {re.escape(words)}: give another folder$"):
         search_in(num_trials=1, flags=flags)
 
 

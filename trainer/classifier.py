@@ -94,7 +94,7 @@ class Classifier:
         try:
             found = [self._run(signature, name, tf.constant(part.tolist() if part.dtype.hasobject else part)) for part in parts]
         except tf.errors.InvalidArgumentError as error:
-            raise RequestError(f"{name}: {str(error.message).splitlines()[0]}") from error
+            raise RequestError(f"{name}: {_reason(error)}") from error
         outputs = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
         # JSON has no NaN, and a NaN would be the first class.
         if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in outputs.values()):
@@ -107,6 +107,12 @@ class Classifier:
     def warm_up(self) -> None:
         """Makes the first prediction, which takes longer than the others."""
         self.classify(self.inputs([Image.new("L" if self.channels == 1 else "RGB", (64, 64))]))
+
+
+def _reason(error: tf.errors.InvalidArgumentError) -> str:
+    """What the operation that failed says; TensorFlow puts where it is before that, and the graph's names after it."""
+    said = [line for line in str(error.message).splitlines() if line.strip() and not line.startswith("\t [[")]
+    return said[-1].strip() if said else "cannot be used"
 
 
 def _are_pixels(images: np.ndarray) -> bool:

@@ -75,7 +75,7 @@ class Config:
     )
     num_classes: int = option(0, "Number of classes. 0: the largest label of the data plus one.", at_least=0, at_most=100_000)
     global_batch_size: int = option(256, "Examples in one step, over all replicas and workers.", at_least=1)
-    epochs: float = option(11.0, "Passes over the training examples; 1.5 are one and a half.", above=0)
+    epochs: float = option(11.0, "Passes over the training examples; 1.5 are one and a half.", above=0, at_most=1_000_000)
     max_steps: int = option(
         0, "Steps after which training ends at the latest; --epochs may end it before. 0: no limit.", at_least=0
     )

@@ -66,7 +66,7 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
     labels_of = np.array([model.class_names.index(name) for name in data.class_names])
     predicted, known = [], []
     with loading.damage_told(data):
-        for images, labels in loading.batches(data.test):
+        for images, labels in loading.batches(loading.resident(data.test, config)):
             predicted.append(model.signatures["serving_uint8"](images=tf.constant(images))["probabilities"].numpy())
             known.append(labels_of[labels])
     probabilities, labels = np.concatenate(predicted).astype(np.float64), np.concatenate(known)

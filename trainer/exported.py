@@ -36,7 +36,7 @@ def load(model_dir: str) -> Model:
     folder = export_of(model_dir)
     try:
         loaded = tf.saved_model.load(str(folder))
-    except (tf.errors.OpError, OSError, ValueError, AttributeError) as error:
+    except (tf.errors.OpError, OSError, ValueError, AttributeError, LookupError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise RequestError(
             f"--model_dir={model_dir}: {folder} is damaged ({first_line}): remove {Path(model_dir) / 'result.json'} and "

@@ -36,7 +36,10 @@ def pictures_by_class(folder: Path) -> tuple[dict[str, list[tuple[Path, str]]], 
     trains = [path for path in _called(folder, _TRAIN_FOLDERS) if _folders(path)]
     if tests and not trains:
         train = folder / _TRAIN_FOLDERS[0]
-        raise RequestError(f"{tests[0]}: is it a test set or a class? Put the folders of the training set's classes into {train}")
+        raise RequestError(
+            f"{tests[0]}: is it a test set or a class? Put the folders of the training set's classes into {train}"
+            f"; trainer.evaluate takes {tests[0]} itself"
+        )
     if len(trains) > 1:
         raise RequestError(f"{trains[0]} and {trains[1]}: which of them is the training set? Move one elsewhere")
     roots = {"train": trains[0] if trains else folder, **({"test": tests[0]} if tests else {})}

@@ -5,6 +5,7 @@ Each is told by what is there, checked, and listed as a `Collection`.
 
 import csv
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
 def _from_npz(path: Path) -> Collection:
     path = (_one_of(path, "npz") or path) if path.is_dir() else path
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip archive")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # NumPy, zipfile and zlib have many words for a damaged file.
@@ -165,6 +168,8 @@ def _npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -
     images = images[..., np.newaxis] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise RequestError(f"{path}: x_{split} has the shape {images.shape}; expected [N, H, W] or [N, H, W, 1 or 3]")
+    if not len(images):
+        raise RequestError(f"{path}: x_{split} is empty")
     if not labels.ndim or not labels.size:
         raise RequestError(f"{path}: y_{split} is {labels.dtype} {labels.shape}; expected one number from 0 on for each image")
     labels = labels.reshape(len(labels), -1)

@@ -48,8 +48,15 @@ def drop_by_position(model: keras.Model, seed: int) -> None:
     for layer in model._flatten_layers():
         if type(layer) is keras.layers.Dropout and layer.rate and layer.noise_shape is None:
             layer.call = functools.partial(_drop, layer.rate, seed, next(streams))
-        elif any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()):
+        elif _draws_numbers(layer):
             _log.warning("note: layer %s draws numbers of its own: another topology trains another model", layer.name)
+
+
+def _draws_numbers(layer: keras.layers.Layer) -> bool:
+    # Recurrent layers have a generator whether they drop anything or not.
+    rates = [getattr(layer, name) for name in ("rate", "dropout", "recurrent_dropout") if hasattr(layer, name)]
+    has_generator = any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    return has_generator and (not rates or any(rates))
 
 
 def _drop(rate: float, seed: int, stream: int, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:

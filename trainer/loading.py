@@ -83,11 +83,17 @@ def resident(part: Part, config: Config, *, train: bool = False) -> Part:
         part: a set of examples, split already: a job may have less in memory than there is in the files.
         config: says where they are to be.
         train: whether they are trained on, so that data workers may be asked for them.
+
+    Raises:
+        RequestError: a shard that is read into memory is damaged, or another than dataset.json says.
     """
     size = len(part) * math.prod(part.image_shape)
     stream = config.input_pipeline == "stream" or (train and bool(config.data_service))
     if isinstance(part, Examples) or stream or (config.input_pipeline == "auto" and size > MEMORY_BYTES):
         return part
+    # Records have checksums, but those of another data set, too; damage that was looked for has been taken out.
+    if config.on_error == "fail":
+        _refuse_damage(part, lambda _: None)
     images, labels = np.empty((len(part), *part.image_shape), np.uint8), np.empty(len(part), np.int32)
     first = 0
     for batch, batch_labels in streaming.batches(part):
@@ -132,8 +138,13 @@ def damage_told(dataset: Dataset, feed: Callable[[str], None] = lambda _: None) 
         yield
     except _DAMAGE:
         for part in (dataset.train, dataset.test):
-            if isinstance(part, Records) and (problem := damage.first_damage(part, feed)):
-                raise RequestError(
-                    f"{problem}: copy the file again, or start a new run without what is damaged: --on_error=skip"
-                ) from None
+            if isinstance(part, Records):
+                _refuse_damage(part, feed)
         raise
+
+
+def _refuse_damage(records: Records, feed: Callable[[str], None]) -> None:
+    if problem := damage.first_damage(records, feed):
+        raise RequestError(
+            f"{problem}: copy the file again, or start a new run without what is damaged: --on_error=skip"
+        ) from None

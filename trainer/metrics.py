@@ -33,7 +33,8 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int, *, unvalidated: bool = False) -> None:
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, first_step, unvalidated)]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _is_before(line, first_step, unvalidated)]
             storage.write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (closed by close)
 

@@ -73,7 +73,8 @@ def png(image: Image.Image) -> bytes:
 def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     try:
         if isinstance(file, Path) and file.exists() and not file.is_file():
-            raise RequestError(f"{name}: cannot be read: no regular file")  # To open a pipe would wait for who writes into it.
+            kind = "a folder: give its files" if file.is_dir() else "no regular file"
+            raise RequestError(f"{name}: cannot be read: {kind}")  # To open a pipe would wait for who writes into it.
         size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
         if size > _MAX_BYTES:
             raise RequestError(f"{name}: {size / 2**20:.0f} MiB are too large: at most {_MAX_BYTES // 2**20} MiB")

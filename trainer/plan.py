@@ -62,6 +62,8 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     batch = config.global_batch_size
     parts = num_replicas * config.gradient_accumulation_steps
     if batch % parts:
+        if parts > num_examples:
+            raise RequestError(f"{num_replicas} replicas are more than the {num_examples} training examples: use fewer")
         lower = batch // parts * parts
         fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
         accumulation = f" x {config.gradient_accumulation_steps} accumulated parts" if parts > num_replicas else ""

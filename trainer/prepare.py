@@ -5,7 +5,9 @@ What it writes is described in `records.py`; `python -m trainer.task --data_dir 
 
 import contextlib
 import dataclasses
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,7 +92,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "test_fraction", 0.0, "Share of the training set that becomes the test set, where there is none.", 0, 0.9, **own
     )
-    flags.DEFINE_integer("num_examples", 0, "Training images of --source=synthetic.", 0, **own)
+    flags.DEFINE_integer("num_examples", 0, "Training images of --source=synthetic.", 0, 10**8, **own)
     flags.DEFINE_integer("seed", 0, "Seed of the order of examples, and of synthetic images.", 0, 2**32 - 1, **own)
     flags.DEFINE_enum("on_error", "fail", ("fail", "skip"), "What to do about a damaged picture. skip: list it, go on.", **own)
     flags.DEFINE_integer("num_processes", 0, "Processes that write. 0: as many as there are cores.", 0, **own)
@@ -108,6 +110,8 @@ def main(positional: list[str]) -> None:
             raise RequestError(
                 f"--{flag}={getattr(values, flag)}: mount it, or copy what is written: only jobs read gs:// directly"
             )
+    if math.isnan(values.test_fraction):  # Which absl lets through.
+        raise RequestError("--test_fraction=nan: expected a number from 0 to 0.9")
     if values.channels == 2:
         raise RequestError("--channels=2: expected 1, 3, or 0 to find out")
     if values.source == "synthetic" and not values.num_examples:
@@ -163,7 +167,7 @@ def _show(content: dict[str, Any], output: Path) -> None:
     num_bytes = sum(shard["bytes"] for split in content["splits"].values() for shard in split["shards"])
     say(f"{output}: {sizes} examples of {shape}, {len(content['class_names'])} classes, {num_bytes / 2**20:.1f} MiB")
     scaled = "" if content["image_shape"] else " --image_size HEIGHTxWIDTH"
-    say(f"train on it with: python -m trainer.task --data_dir {output}{scaled}")
+    say(f"train on it with: python -m trainer.task --data_dir {shlex.quote(str(output))}{scaled}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Search:
         names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
         if names:
             changed = "; ".join(f"{name} {before.get(name)} -> {identity.get(name)}" for name in names)
-            raise RequestError(f"--study_dir={self.folder} holds another search: {changed}")
+            raise RequestError(f"--study_dir={self.folder} holds another search: {changed}: give another folder")
 
     def _enqueue_defaults(self) -> None:
         """What one would have trained without a search is the first trial, if the space has it: so none ends worse."""

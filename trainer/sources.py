@@ -56,6 +56,8 @@ def from_tf_config(environment: Environment) -> Cluster | None:
         tasks: dict[str, Any] = config.get("cluster") or {}
         task_type, task_index = (config["task"][key] for key in ("type", "index")) if tasks else ("worker", 0)
         workers = (*_addresses(tasks, "chief"), *_addresses(tasks, "worker"))
+        if isinstance(task_index, bool):
+            raise TypeError(f"index {json.dumps(task_index)}")
         index = int(task_index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
