@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
 from trainer import damage, dataset, evaluate, loading, records, storage, streaming
@@ -340,3 +341,14 @@ def test_search_for_damage_that_is_killed_is_a_stop(folder: Path, monkeypatch: p
     monkeypatch.setattr(damage, "verified", killed)
     with pytest.raises(Stopped, match="was killed, perhaps for want of memory"):
         load(folder, on_error="skip")
+
+
+def test_evaluation_on_a_shard_of_other_data_is_refused(finished: Path, tiny_records: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_records, tmp_path / "data"))
+    shard = min(data.glob("test-*.tfrecord"))
+    found = list(tf.data.TFRecordDataset(str(shard)).as_numpy_iterator())
+    with tf.io.TFRecordWriter(str(shard)) as writer:
+        for record in reversed(found):
+            writer.write(record)
+    with pytest.raises(RequestError, match=r"test-00000-of-.*: holds other records than dataset.json says"):
+        evaluate.evaluate(str(finished), str(data))

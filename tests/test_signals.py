@@ -81,6 +81,14 @@ def test_output_that_nobody_can_read_is_told(at_once: bool, monkeypatch: pytest.
             assert (done.returncode, done.stderr) == expected
 
 
+def test_cluster_that_nobody_can_read_is_told() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "trainer.cluster"]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    told = "trainer.cluster: what is printed cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 def test_grace_period_ends_a_process_whose_stderr_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.Popen([sys.executable, "-c", IS_STUCK], cwd=ROOT, stdout=subprocess.PIPE, stderr=full)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from trainer import sources
-from trainer.errors import JobError, RequestError
+from trainer.errors import EXIT_REQUEST, JobError, RequestError
 from trainer.sources import Cluster
 
 # The first that answers counts: what somebody has written by hand before what a scheduler sets.
@@ -128,10 +128,13 @@ def main() -> int:
     argparse.ArgumentParser(prog="trainer.cluster", description=words).parse_args()
     try:
         found = from_environment()
+        print(json.dumps({"source": found.source, "workers": found.workers, "index": found.index}), flush=True)
+    except OSError as error:
+        print(f"trainer.cluster: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_REQUEST
     except JobError as error:
         print(f"trainer.cluster: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"source": found.source, "workers": found.workers, "index": found.index}))
     return 0
 
 
