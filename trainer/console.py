@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +95,20 @@ def _scores(record: dict[str, Any]) -> str:
     return f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}"
 
 
-def examples_of(result: dict[str, Any]) -> str:
-    """How many test examples a result is about, and what more than the model was in it."""
-    # Of versions before there is none.
+def views_of(result: Mapping[str, Any]) -> str:
+    """What to add to accuracies that are not of the network alone; results of versions before always are."""
     views = result.get("test_time_augment", "none")
-    return f"{result['test_examples']} examples" + ("" if views == "none" else f", --test_time_augment={views}")
+    return "" if views == "none" else f" (--test_time_augment={views})"
 
 
 def print_result(result: dict[str, Any], model_dir: str) -> None:
     """The short table at the end."""
     table = Table(show_header=False, box=None, pad_edge=False)
     if result["test_accuracy"] is not None:
-        accuracy = f"{result['test_accuracy']:.2%} of {examples_of(result)}"
+        accuracy = f"{result['test_accuracy']:.2%} of {result['test_examples']} examples{views_of(result)}"
         table.add_row("test accuracy", f"[bold green]{accuracy}[/]")
     if result["validation_accuracy"] is not None:
-        table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}")
+        table.add_row("validation accuracy", f"{result['validation_accuracy']:.2%}{views_of(result)}")
     table.add_row("training", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['train_seconds']:.1f} s")
     table.add_row("speed", f"{result['images_per_second']:.0f} images/s on {result['num_replicas']} x {result['strategy']}")
     found = [path for path in (f"{model_dir}/export", f"{model_dir}/model.keras") if Path(path).exists()]

@@ -110,7 +110,8 @@ def main(positional: list[str]) -> None:
     if flags.FLAGS.format == "json":
         cli.show(json.dumps(result))
     else:
-        cli.show(f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}  of {console.examples_of(result)}")
+        scores = f"accuracy {result['test_accuracy']:.2%}  loss {result['test_loss']:.4f}"
+        cli.show(f"{scores}  of {result['test_examples']} examples{console.views_of(result)}")
 
 
 if __name__ == "__main__":

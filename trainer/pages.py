@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from trainer.console import examples_of
+from trainer.console import views_of
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -18,7 +18,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "examples_of": examples_of}
+    environment.filters |= {"cell": _cell, "views_of": views_of}
     return environment.get_template(template).render(values)
 
 
