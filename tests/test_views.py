@@ -74,10 +74,11 @@ def test_a_job_tests_reports_and_exports_from_views_and_names_them(start_job, ti
     records = [json.loads(line) for line in (job.model_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["accuracy"] for record in records if record["split"] == "validation"] == [plain["validation"]]
 
+    assert records[-1]["test_time_augment"] == "shift"
     for text in (job.log.read_text(), (job.model_dir / "report.md").read_text(), (job.model_dir / "report.html").read_text()):
         assert f"{result['test_examples']} examples (--test_time_augment=shift)" in text
         # Of validation, too.
-        assert text.count("(--test_time_augment=shift)") == 2
+        assert text.count("(--test_time_augment=shift)") >= 2
     drawn = predictions.predict(model, data.test, "test", data.class_names, test_time_augment="shift")
     assert float(np.mean(drawn.predicted == drawn.labels)) == answers["test"]
     evaluated = evaluate.evaluate(str(job.model_dir))

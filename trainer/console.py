@@ -92,7 +92,7 @@ class ConsoleWriter:
 
 
 def _scores(record: dict[str, Any]) -> str:
-    return f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}"
+    return f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}{views_of(record)}"
 
 
 def views_of(result: Mapping[str, Any]) -> str:

@@ -158,7 +158,8 @@ def _train(
         with storage.stop_when_full("the result", checkpoints.describe, *WRITE_ERRORS):
             if config.test:
                 recording.write({"step": weights_step, "epoch": plan.epochs_at(weights_step), "split": "test",
-                                 "loss": result["test_loss"], "accuracy": result["test_accuracy"]})  # fmt: skip
+                                 "loss": result["test_loss"], "accuracy": result["test_accuracy"],
+                                 "test_time_augment": config.test_time_augment})  # fmt: skip
             if topology.is_chief:
                 start.check()
                 _export(plain, state, dataset, config)
