@@ -60,6 +60,7 @@ def test_wrong_space_is_refused_in_one_line_that_names_file_and_option(text: str
         (["--model_dir=a"], "--model_dir is no flag of a trial"),
         (["--noresume"], "--noresume is no flag of a trial"),
         (["--notest"], "--notest is no flag of a trial"),
+        (["--test_time_augment=shift"], "--test_time_augment is no flag of a trial"),
         (["--target_accuracy=0.9"], "--target_accuracy is no flag of a trial"),
         (["--metrics_port=9000"], "--metrics_port is no flag of a trial"),
         (["--strategy=multi_worker"], "start this command on every machine"),

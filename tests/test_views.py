@@ -1,6 +1,7 @@
 """Test-time augmentation: the mean over an image and its neighbours, everywhere that a model answers for the last time."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import tensorflow as tf
 from conftest import TINY
 
-from trainer import dataset, evaluate, exported, predictions
+from trainer import dataset, evaluate, exported, figures, predictions
 from trainer.models import inference_model
 from trainer.presets import from_preset
 from trainer.views import make_inference
@@ -81,12 +82,20 @@ def test_a_job_tests_reports_and_exports_from_views_and_names_them(start_job, ti
         assert text.count("(--test_time_augment=shift)") >= 2
     drawn = predictions.predict(model, data.test, "test", data.class_names, test_time_augment="shift")
     assert float(np.mean(drawn.predicted == drawn.labels)) == answers["test"]
+    calibration = f"{100 * figures.calibration_error(drawn):.2f} %"
+    assert re.search(r"calibration error.*\| (.*) \|", (job.model_dir / "report.md").read_text())[1] == calibration
+    alone = predictions.predict(model, data.test, "test", data.class_names)
+    assert f"{100 * figures.calibration_error(alone):.2f} %" != calibration
     evaluated = evaluate.evaluate(str(job.model_dir))
     assert evaluated.pop("test_loss") == pytest.approx(result["test_loss"], rel=1e-5)
     assert evaluated.items() <= result.items()
 
+    told = start_job(**{**shift, "test_time_augment": "none"})
+    assert told.finish() == result
+    assert f"its result is of --test_time_augment=shift: remove {job.model_dir / 'result.json'}" in told.log.read_text()
     # No weight depends on it, so a run that has ended may be exported anew with or without.
     (job.model_dir / "result.json").unlink()
-    again = start_job(**{**shift, "test_time_augment": "none"}).finish()
+    again = start_job(**{**shift, "test_time_augment": "none", "report": False}).finish()
+    assert not list(job.model_dir.glob("report.*")), "it told of another export"
     assert (again["weights_sha256"], again["test_accuracy"]) == (result["weights_sha256"], plain["test"])
     assert evaluate.evaluate(str(job.model_dir))["test_accuracy"] == plain["test"]

@@ -80,6 +80,17 @@ def finished(model_dir: Path) -> dict[str, Any] | None:
     return storage.read_json(model_dir / _RESULT, strict=True)
 
 
+def result_that_stands(model_dir: Path, config: Config) -> dict[str, Any] | None:
+    """As `finished`; tells that it stands, and where it answers in another way than is asked for."""
+    result = finished(model_dir)
+    if result:
+        _log.info("%s has finished already; its result stands", model_dir)
+        views = result.get("test_time_augment", "none")
+        if views != config.test_time_augment:
+            _log.warning("its result is of --test_time_augment=%s: remove %s to test and export anew", views, model_dir / _RESULT)
+    return result
+
+
 def finish(model_dir: Path, result: dict[str, Any]) -> None:
     """Writes the result: from then on the run has finished."""
     storage.write_json(model_dir / _RESULT, result)

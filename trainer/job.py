@@ -65,8 +65,7 @@ def run(
     dataset = loading.without_damage(config, dataset)
     config = machine.with_precision(config, claim.precision(model_dir))
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
-    if result := claim.finished(model_dir):
-        _log.info("%s has finished already; its result stands", model_dir)
+    if result := claim.result_that_stands(model_dir, config):
         return result
     if config.data_service:
         service.check(config.data_service, config.rendezvous_timeout, stopped=lambda: stop.name)

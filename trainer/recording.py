@@ -52,6 +52,9 @@ class Recording:
             self._endpoint = Endpoint(config.metrics_host, config.metrics_port, restarts, total_steps)
             self._writers.append(self._endpoint)
         model_dir = Path(config.model_dir)
+        # Of an end before, where a job that had finished is exported anew.
+        for name in ("report.html", "report.md"):
+            (model_dir / name).unlink(missing_ok=True)
         run = storage.read_json(model_dir / "config.json") or {}
         try:
             self._dashboard = Dashboard(

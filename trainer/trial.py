@@ -58,6 +58,8 @@ def check_options(options: Mapping[str, Any], config: Config, searched: Mapping[
     if refused := [name for name in _REFUSED if name in options]:
         no = "no" if options[refused[0]] is False else ""
         raise RequestError(f"--{no}{refused[0]} is no flag of a trial: {_REFUSED[refused[0]]}")
+    if config.test_time_augment != "none":
+        raise RequestError("--test_time_augment is no flag of a trial: give it to the job that trains with the best options")
     if config.strategy == "multi_worker":
         raise RequestError("--strategy=multi_worker: a trial trains in one process; start this command on every machine instead")
     if not config.validation_fraction:

@@ -104,7 +104,7 @@ def _write_report(search: Search, result: dict[str, Any] | None) -> None:
 def show(search: Search, result: dict[str, Any]) -> None:
     """Prints the result."""
     rows = {
-        "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']} examples{console.views_of(result)}",
+        "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']} examples",
         "validation accuracy": f"{result['best_validation_accuracy']:.2%}, the best of {result['num_finished']} trials "
         f"({result['num_pruned']} ended early, {result['num_failed']} more failed)",
         "model": f"{result['model_dir']}/export, {result['model_dir']}/model.keras",
