@@ -27,8 +27,8 @@ from trainer.presets import from_preset
 from trainer.signals import StopRequest
 
 RESULT_FIELDS = """
-test_accuracy test_loss test_examples skipped_examples validation_accuracy steps epochs train_seconds images_per_second
-num_replicas num_workers strategy preset seed precision global_batch_size restarts weights_step weights_sha256
+test_accuracy test_loss test_examples skipped_examples validation_accuracy test_time_augment steps epochs train_seconds
+images_per_second num_replicas num_workers strategy preset seed precision global_batch_size restarts weights_step weights_sha256
 """.split()
 
 

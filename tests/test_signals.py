@@ -81,7 +81,8 @@ def test_output_that_nobody_can_read_is_told(at_once: bool, monkeypatch: pytest.
             assert (done.returncode, done.stderr) == expected
 
 
-def test_cluster_that_nobody_can_read_is_told() -> None:
+def test_cluster_that_nobody_can_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "trainer.cluster"]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

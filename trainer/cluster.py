@@ -130,6 +130,8 @@ def main() -> int:
         found = from_environment()
         print(json.dumps({"source": found.source, "workers": found.workers, "index": found.index}), flush=True)
     except OSError as error:
+        # Python would try again at its end.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         print(f"trainer.cluster: what is printed cannot be written: {error.strerror}", file=sys.stderr)
         return EXIT_REQUEST
     except JobError as error:
