@@ -145,8 +145,8 @@ class Config:
     augment_fade: float = option(0.0, "Last share of training, over which --augment fades to nothing.", at_least=0, at_most=1)
     test_time_augment: str = option(
         "none",
-        "What the test set, the report and the export answer from. shift: the mean probabilities of an image and of it moved by "
-        "a pixel to each of eight sides; nine times the work.",
+        "What the final test and validation, the report and the export answer from. shift: the mean probabilities of an image "
+        "and of it moved by a pixel to each of eight sides; nine times the work.",
         choices=("none", "shift"),
         result=False,
     )
