@@ -43,7 +43,7 @@ def make_evaluations(
         batch = loading.batch_size(examples.image_shape, _BATCH_PER_REPLICA) * topology.num_replicas
         num_batches = -(-len(examples) // batch)
         # One for all times: whoever drops an iterator waits; see `tracing.untuned`.
-        batches = iter(topology.strategy.distribute_datasets_from_function(pipeline.eval_dataset_fn(examples, batch)))
+        batches = pipeline.iterator_of(pipeline.eval_dataset_fn(examples, batch), topology.strategy)
         keep(batches)
 
         def evaluate(test_time_augment: str = "none") -> np.ndarray:

@@ -170,6 +170,7 @@ def _train(
                 recording.report(plain, dataset, train_set, split, shown, result, moved)
             if topology.is_chief:
                 claim.finish(model_dir, result)
+                start.note(ended="finished")
     return result
 
 
@@ -257,7 +258,7 @@ def _export(plain: keras.Model, state: steps.State, dataset: Dataset, config: Co
 def train_iterator(config: Config, examples: Part, first_step: int, topology: Topology) -> Any:
     """The global batches from `first_step` on, each worker's share of them."""
     dataset_fn = pipeline.train_dataset_fn(examples, config.global_batch_size, first_step, config.seed, config.data_service)
-    return iter(topology.strategy.distribute_datasets_from_function(dataset_fn))
+    return pipeline.iterator_of(dataset_fn, topology.strategy)
 
 
 def _result(

@@ -146,5 +146,5 @@ def damage_told(dataset: Dataset, feed: Callable[[str], None] = lambda _: None) 
 def _refuse_damage(records: Records, feed: Callable[[str], None]) -> None:
     if problem := damage.first_damage(records, feed):
         raise RequestError(
-            f"{problem}: copy the file again, or start a new run without what is damaged: --on_error=skip"
+            f"{problem}: copy the file again, or leave out what is damaged: --on_error=skip, in training with another --model_dir"
         ) from None

@@ -8,11 +8,13 @@ Letters in shapes: b, batch of one replica; N, all examples; H, W, C, an image.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from trainer import service, streaming
+from trainer.allocator import keep_memory
 from trainer.dataset import Examples, Part
 from trainer.randomness import shuffled
 from trainer.records import Records
@@ -52,6 +54,13 @@ def train_dataset_fn(examples: Part, global_batch_size: int, first_step: int, se
         ).prefetch(4).apply(untuned)  # fmt: skip
 
     return dataset_fn
+
+
+def iterator_of(dataset_fn: DatasetFn, strategy: tf.distribute.Strategy) -> Any:
+    """What a function that runs across replicas takes the batches from; the memory of its steps is kept."""
+    iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
+    keep_memory()
+    return iterator
 
 
 def first_images(

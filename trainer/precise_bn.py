@@ -52,7 +52,7 @@ def make_compute_statistics(
             batches = pipeline.train_dataset_fn(examples, batch, 0, config.seed)(context).map(lambda images, *_: images)
         return batches.take(count).repeat().apply(untuned)
 
-    iterator = iter(strategy.distribute_datasets_from_function(dataset_fn))
+    iterator = pipeline.iterator_of(dataset_fn, strategy)
     statistics_loop = _make_statistics_loop(
         model, layers, strategy, synchronized=config.sync_batch_norm and strategy.num_replicas_in_sync > 1
     )

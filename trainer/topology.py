@@ -1,21 +1,18 @@
 """Where the strategy is made: the only module that asks TensorFlow for devices."""
 
-import ctypes
 import dataclasses
 import os
-import platform
 
 import keras
 import tensorflow as tf
 
 from trainer import collectives
+from trainer.allocator import keep_memory
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.sources import Cluster
 
 _LEAST_STEP_TIMEOUT_SECS = 3
-# Of <malloc.h>, in bytes: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD. Two of the three alone change little.
-_MALLOC_OPTIONS = {-3: 2**29, -1: 2**30, -2: 2**26}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +101,7 @@ def configure_tensorflow(config: Config) -> None:
     Raises:
         RequestError: TensorFlow has started already with other devices.
     """
-    _keep_memory()
+    keep_memory()
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -119,20 +116,6 @@ def configure_tensorflow(config: Config) -> None:
         except RuntimeError as error:
             if len(tf.config.list_logical_devices("CPU")) < config.num_devices:
                 raise RequestError(f"--num_devices={config.num_devices}: TensorFlow has started with fewer devices") from error
-
-
-def _keep_memory() -> None:
-    """Tells glibc to keep the memory that a step gives back for the next one, rather than to return it to the system.
-
-    Every buffer above a megabyte otherwise costs page faults each time: half of what an all-reduce of the gradients takes.
-    Another C library has its own ways.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    for parameter, size in _MALLOC_OPTIONS.items():
-        # An old glibc refuses the first one; the others without it would make things worse.
-        if not ctypes.CDLL(None).mallopt(parameter, size):
-            break
 
 
 def choose_layout(config: Config, cluster: Cluster) -> Layout:

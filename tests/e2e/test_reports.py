@@ -20,14 +20,18 @@ def test_report_tells_how_each_start_ended(start_job: Any) -> None:
     job.wait_for(lambda: job.restarts() == 1 and job.step() >= 40, "step 40")
     job.kill()
     start_job(**options).finish()
+    # To export anew.
+    (job.model_dir / "result.json").unlink()
+    start_job(**options).finish()
     text = (job.model_dir / "report.md").read_text()
-    first, second, third = re.findall(r"^\| (?:1|2|3) \| 2.*$", text, re.MULTILINE)
+    first, second, third, fourth = re.findall(r"^\| [1-4] \| 2.*$", text, re.MULTILINE)
     assert "stopped at step" in first
     assert "without a word" in second
     assert "finished" in third
+    assert "finished" in fourth
     assert "| 0 |" in first
     assert "| 0 |" not in second
-    assert "| restarts | 2 |" in text
+    assert "| restarts | 3 |" in text
 
 
 def test_every_worker_records_a_profile_and_the_chief_alone_the_rest(start_workers: Any) -> None:
