@@ -1,7 +1,6 @@
 """What a step gives back is kept for the next one, whatever TensorFlow has told the allocator in the meantime."""
 
 import ctypes
-import platform
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,8 +10,6 @@ from conftest import mirrored
 from trainer import pipeline
 from trainer.allocator import keep_memory
 from trainer.dataset import Examples
-
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have their own ways")
 
 _M_MMAP_THRESHOLD, _BYTES = -3, 400 * 2**20
 # Of the size that stands before a block: https://sourceware.org/glibc/wiki/MallocInternals
