@@ -28,7 +28,6 @@ from launch.kubectl import Kubectl
 from launch.rendering import namespace_of, render
 from launch.request import COMPONENTS, Request, check_names
 from trainer import cli
-from trainer.config import Config
 from trainer.errors import RequestError
 
 _PROGRAM = "launch.k8s"
@@ -270,18 +269,7 @@ def _command(arguments: list[str]) -> str:
     return command
 
 
-def _check_places(arguments: Sequence[str]) -> None:
-    """Whether the flags of the task stand behind `--`: which is the first that everybody forgets."""
-    own = arguments[1 : arguments.index("--")] if "--" in arguments else arguments[1:]
-    names = {argument.lstrip("-").partition("=")[0] for argument in own if argument.startswith("-")}
-    fields = {field.name for field in dataclasses.fields(Config)} | {f"no{field.name}" for field in dataclasses.fields(Config)}
-    if misplaced := sorted((names & fields) - set(flags.FLAGS)):
-        _say(f"--{misplaced[0]} is a flag of the task: those go behind `--`, as in launch.k8s submit --name a -- --preset fast")
-        sys.exit(2)
-
-
 if __name__ == "__main__":
     chosen = _command(sys.argv)
     _define(flags.FLAGS, chosen)
-    _check_places(sys.argv)
-    cli.run(f"{_PROGRAM} {chosen}", _COMMANDS[chosen])
+    cli.run(f"{_PROGRAM} {chosen}", _COMMANDS[chosen], example="launch.k8s submit --name digits -- --preset fast")

@@ -145,4 +145,4 @@ def _show(worker: int, line: str) -> None:
 
 if __name__ == "__main__":
     define(flags.FLAGS)
-    cli.run(_PROGRAM, main)
+    cli.run(_PROGRAM, main, example="launch.local --num_workers 2 -- --preset fast")

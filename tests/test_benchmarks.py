@@ -202,6 +202,7 @@ def test_nothing_is_measured_in_a_precision_without_instructions(monkeypatch: py
     assert section.text.endswith("Nothing in bfloat16: this machine has no instructions for it.")
 
 
+@pytest.mark.e2e
 def test_a_program_that_does_not_start_is_told_in_its_last_line(programs: list[throughput.Measurement]) -> None:
     peer = throughput.Measurement("x", "float32", ["benchmarks.peers.keras_fit", "--variant=unknown"])
     throughput._compare(programs[0], peer, 3)
@@ -244,6 +245,7 @@ def test_what_a_job_prints_is_understood(capsys: pytest.CaptureFixture, tmp_path
     print_result(result, "run[/1]")
     out = capsys.readouterr().out
     assert "run[/1]/export, run[/1]/model.keras" in out
+    assert not [line for line in out.splitlines() if line != line.rstrip()], "blanks at the ends of lines"
     lines = [(0.5, line) for line in out.splitlines()]
     ((_, test),) = accuracy._find(accuracy._OURS, lines)
     ((_, trained),) = accuracy._find(accuracy._TRAINED, lines)

@@ -189,6 +189,7 @@ def test_first_block_is_kerass_four_layers(dtype: str, tolerance: float) -> None
     assert_close(run_first_block([layer], images, upstream), run_first_block(layers, images, upstream), tolerance)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("small_parts")
 def test_first_block_on_two_replicas_computes_what_one_computes() -> None:
     images, upstream = images_and_upstream("float64")

@@ -88,7 +88,7 @@ class Center(keras.layers.Layer):
 """
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+@pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.5, marks=pytest.mark.e2e)])
 def test_state_of_a_layers_own_is_averaged_over_replicas(ema_decay: float, module, start_job, tmp_path: Path) -> None:
     module("import keras" + STATE + START + "    x = Center()(keras.layers.Rescaling(1 / 255)(x))\n" + END)
     options = {"model": "mine:build", "num_devices": 2, "strategy": "mirrored", "checkpoint_every_steps": 5, "epochs": 1,
@@ -119,6 +119,7 @@ def test_network_with_random_state_is_exported(layers: str, module, run_here, tm
     assert exported["probabilities"].shape == (3, 10)
 
 
+@pytest.mark.e2e
 def test_folder_of_a_job_that_never_began_is_free(module, run_here, tmp_path: Path) -> None:
     layer = f"class Last(keras.layers.Layer):\n    def call(self, x):\n        return 1 / 0\n{TELLS}"
     module("import keras\n" + layer + START + "    return keras.Model(images, Last()(keras.layers.Dense(num_classes)(x)))\n")
@@ -172,6 +173,7 @@ def test_changed_network_is_known_on_several_replicas(module, start_job, tmp_pat
     assert "is of another network" in job.log.read_text().splitlines()[-1]
 
 
+@pytest.mark.e2e
 def test_run_whose_networks_code_has_changed_in_nothing_that_shows_goes_on_with_a_note(
     module, run_here, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,6 +82,7 @@ def test_ctrl_c_ends_it_as_there_is_nothing_to_save(tiny_data: Path, tmp_path: P
     assert "interrupted" in errors
 
 
+@pytest.mark.e2e
 def test_doctors_of_all_workers_meet(tiny_data: Path, tmp_path: Path) -> None:
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     options = {"data_dir": tiny_data, "model_dir": tmp_path / "run", "global_batch_size": 32}

@@ -10,6 +10,7 @@ from trainer import dataset, evaluations
 from trainer.watch import Watch
 
 
+@pytest.mark.e2e
 def test_evaluation_in_parts_counts_every_example_and_feeds_the_watch(
     run_here, tiny_data: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -57,7 +57,8 @@ def record_all_reduces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int,
     return sent
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.e2e), "mixed_bfloat16"])
+@pytest.mark.e2e
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_what_a_step_exchanges_is_timed_and_leaves_the_weights_alone(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, before, state = train(2, 0, precision=precision)
     config = from_preset("fast", {"precision": precision, "global_batch_size": 32})

@@ -1,11 +1,14 @@
 """Every flag of the contract is there, is checked, and says what it does; wrong ones end in one line and exit code 2."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
+from conftest import ROOT
 
 from trainer import flags as task_flags
 from trainer.config import Config
@@ -120,3 +123,28 @@ def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothin
     assert len(finished.stderr.splitlines()) == 1, finished.stderr
     assert finished.stdout == ""
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("launch.local --preset fast", "--preset is a flag of trainer.task: those go behind `--`, as in python -m launch.local "),
+        ("launch.local --noresume", "--noresume is a flag of trainer.task"),
+        ("launch.local --num_worker=2", "'num_worker'. Did you mean: num_workers ?; see --helpfull"),
+        ("launch.local -- --presett=fast", "'presett'. Did you mean: preset ?; see python -m trainer.task --helpfull"),
+        ("launch.local -- --noisolate", "--noisolate is no flag of trainer.task, whose flags follow the `--`: give it before"),
+        ("trainer.tune --epochs=3", "--epochs is a flag of trainer.task: those go behind `--`, as in python -m trainer.tune "),
+        ("trainer.tune --study_dir=a -- --num_trials=3", "--num_trials is no flag of trainer.task"),
+        # Takes none of another program.
+        ("trainer.evaluate --epochs=3", "Unknown command line flag 'epochs'"),
+    ],
+)
+def test_flag_on_the_wrong_side_of_the_dashes_is_told_its_place(command: str, message: str, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", *command.split()]
+    finished = subprocess.run(
+        argv, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1, finished.stderr
+    assert not list(tmp_path.iterdir())

@@ -61,6 +61,7 @@ def test_name_that_is_taken_is_refused_and_replaced_on_demand(bench: Bench) -> N
     assert all("--cascade=foreground" in line and "--wait" in line for line in deletes)
 
 
+@pytest.mark.e2e
 def test_job_of_a_similar_name_is_not_in_the_way_of_replacing(bench: Bench) -> None:
     for name in ("digits", "digits-new"):
         bench.works("submit", f"--name={name}", "--overlay=cpu")
@@ -69,6 +70,7 @@ def test_job_of_a_similar_name_is_not_in_the_way_of_replacing(bench: Bench) -> N
     assert sorted(bench.names()) == sorted(before)
 
 
+@pytest.mark.e2e
 def test_replacing_by_another_kind_of_job_leaves_nothing_of_the_old_one(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--overlay=multi-worker")
     assert "Job digits is there already" in bench.fails("submit", "--name=digits", "--overlay=jobset")
@@ -147,6 +149,7 @@ def test_quota_that_is_used_up_is_told_with_its_figures(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--workers=2", "--gpus_per_worker=4")
 
 
+@pytest.mark.e2e
 def test_quota_counts_what_a_replaced_job_gives_back(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--gpus_per_worker=4")
     status = {

@@ -239,7 +239,11 @@ def test_help_names_all_commands(bench: Bench) -> None:
         (["submit", "--workers=two"], "workers"),
         (["tensorboard", "--port=0"], "port"),
         (["logs", "--tail=-5"], "tail"),
-        (["submit", "--preset=fast"], "--preset is a flag of the task: those go behind `--`"),
+        (
+            ["submit", "--preset=fast"],
+            "--preset is a flag of trainer.task: those go behind `--`, as in python -m launch.k8s submit",
+        ),
+        (["submit", "--image=a", "--", "--workers=2"], "--workers is no flag of trainer.task"),
         (["submit", "--nodry_run=1"], "dry_run"),
         (["status", "digits"], "a job's name goes as --name digits"),
         (["delete", "--name=-lapp.kubernetes.io/name=digitfleet"], "--name=-lapp"),

@@ -62,6 +62,7 @@ def test_the_slowest_worker_decides_for_all_and_for_good(caplog: pytest.LogCaptu
     assert quick.steps == 5
 
 
+@pytest.mark.e2e
 def test_slow_steps_are_done_fewer_at_a_time(run_here, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO", "digitfleet")
     run_here(max_steps=15, steps_per_loop=6, checkpoint_every_steps=100, grace_period=1e-4)

@@ -53,7 +53,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     assert codes == [0, 0, 0], started.log.read_text()
 
 
-@pytest.mark.parametrize(("index", "pipelines", "first_step"), [(0, 1, 0), (0, 1, 13), (1, 2, 5)])
+@pytest.mark.parametrize(
+    ("index", "pipelines", "first_step"), [(0, 1, 0), (0, 1, 13), pytest.param(1, 2, 5, marks=pytest.mark.e2e)]
+)
 def test_steps_are_those_without_the_service(
     index: int, pipelines: int, first_step: int, servers: Servers, tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +150,7 @@ def test_wait_for_a_dispatcher_is_told_and_ends_on_request(
     assert f"waiting: --data_service=grpc://127.0.0.1:{port}: nothing answers there (Connection refused)" in caplog.text
 
 
+@pytest.mark.e2e
 def test_data_worker_without_a_dispatcher_ends_by_sigterm_and_a_port_has_one_dispatcher(servers: Servers) -> None:
     command = [sys.executable, "-m", "trainer.data_server"]
     port, nobody = free_ports(2)
@@ -179,3 +182,11 @@ def test_data_that_is_not_prepared_is_refused(tiny_data: Path, servers: Servers,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "is no data set of trainer.prepare" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.e2e
+def test_finished_job_tells_its_result_when_its_data_service_is_gone(run_here, tiny_records: Path) -> None:
+    options = {"data_dir": str(tiny_records), "model": "cnn", "max_steps": 1, "rendezvous_timeout": 1}
+    result = run_here(**options)
+    (port,) = free_ports(1)
+    assert run_here(**options, data_service=f"grpc://127.0.0.1:{port}") == result

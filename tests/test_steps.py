@@ -131,7 +131,9 @@ def test_loss_scale_falls_when_the_gradients_of_any_replica_overflow(num_replica
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
-@pytest.mark.parametrize(("precision", "num_replicas"), [("float64", 2), ("mixed_float16", 1), ("mixed_float16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "num_replicas"), [("float64", 2), ("mixed_float16", 1), pytest.param("mixed_float16", 2, marks=pytest.mark.e2e)]
+)
 def test_gradients_of_histograms_have_the_norm_that_is_told(precision: str, num_replicas: int) -> None:
     overflows = precision == "mixed_float16"  # That step is not taken, and its gradients are no numbers.
     totals, _, state = train(num_replicas, 2, then_overflows=overflows, precision=precision, histograms_every=2)
@@ -195,7 +197,8 @@ def test_times_say_how_long_a_step_waited_for_its_batch() -> None:
     assert sorted(np.argsort(waited)[-2:]) == [2, 5], waited
 
 
-@pytest.mark.parametrize("model", ["bn_cnn", *(pytest.param(model, marks=pytest.mark.e2e) for model in ("fast_cnn", "deep_cnn"))])
+@pytest.mark.e2e
+@pytest.mark.parametrize("model", ["bn_cnn", "fast_cnn", "deep_cnn"])
 def test_xla_computes_what_tensorflow_computes(model: str) -> None:
     plain, _, _ = train(1, model=model)
     compiled, _, _ = train(1, model=model, jit_compile=True)

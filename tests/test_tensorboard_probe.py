@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -24,6 +25,7 @@ def status(url: str) -> int | None:
         return None
 
 
+@pytest.mark.e2e
 def test_tensorboard_answers_the_probe_of_its_deployment(tmp_path: Path) -> None:
     """A kubelet asked /healthz, which TensorBoard does not know: its pod never became ready, and its Service led nowhere."""
     deployment = yaml.safe_load((ROOT / "k8s/components/tensorboard/deployment.yaml").read_text())

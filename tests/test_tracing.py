@@ -38,6 +38,7 @@ def test_job_converts_nothing_of_ours(data: str, more: dict, request: pytest.Fix
     assert not [line for line in converted if line.startswith("converted trainer.")]
 
 
+@pytest.mark.e2e
 def test_input_of_a_job_outlives_it(tiny_data: Path, tmp_path: Path) -> None:
     """TensorFlow waits up to a minute where it destroys an iterator, so the process is ended with all of them alive."""
     script = """if True:

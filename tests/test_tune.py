@@ -309,6 +309,7 @@ def test_last_report_of_a_search_stays(search_in, runner, monkeypatch) -> None:
     assert len(found) == 1
 
 
+@pytest.mark.e2e
 def test_winner_is_tested_once_whoever_comes_first_and_again_only_if_it_is_another(search_in, runner, monkeypatch) -> None:
     tested = []
 

@@ -53,6 +53,7 @@ def test_a_class_without_any_probability_has_a_finite_loss() -> None:
     assert np.isfinite(found).all()
 
 
+@pytest.mark.e2e
 def test_a_job_tests_reports_and_exports_from_views_and_names_them(start_job, tiny_data: Path) -> None:
     shift = {"strategy": "mirrored", "num_devices": 2, "epochs": 1, "report": True, "test_time_augment": "shift"}
     job = start_job(**shift)

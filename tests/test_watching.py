@@ -137,6 +137,7 @@ def test_names_in_the_markdown_report_stay_text() -> None:
     assert re.findall(r"^\| 0 \| (.*) \|  \| 100", text, re.M) == [r"a\|b", r"\*\<b\>\*", r"\_x_y\_", r"\[1\](2)"]
 
 
+@pytest.mark.e2e
 def test_test_set_can_be_left_for_later(run_here: Any, tmp_path: Path) -> None:
     result, folder = run_here(test=False, report=True), tmp_path / "run"
     assert result["test_accuracy"] is result["test_loss"] is result["test_examples"] is None
@@ -165,7 +166,11 @@ def test_event_files_on_a_full_disk_stop_the_job_with_the_state_saved(
     assert "cannot be written" in storage.read_json(tmp_path / "run/config.json")["starts"][-1]["ended"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), tf.errors.InternalError(None, None, "cuDNN")], ids=type)
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), pytest.param(tf.errors.InternalError(None, None, "cuDNN"), marks=pytest.mark.e2e)],
+    ids=type,
+)
 def test_report_that_cannot_be_drawn_costs_nothing_else(
     error: Exception, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

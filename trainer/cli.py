@@ -38,7 +38,7 @@ _NOT_HONOURED = (
 )
 
 
-def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False) -> None:
+def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False, example: str = "") -> None:
     """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1.
 
     Args:
@@ -46,6 +46,7 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
         main: the program.
         at_once: ends the process without Python's and TensorFlow's own end. TensorFlow 2.21 waits there for threads of input
             pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
+        example: of a command with flags of trainer.task behind `--`, for a program that takes such.
     """
     app.define_help_flags()
     for name in _NOT_HONOURED:
@@ -57,7 +58,8 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
         # A file's name may be bytes that are no text, or text that the locale does not know; stderr is like that anyway.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        positional = task_flags.parse(flags.FLAGS, sys.argv)[1:]
+        elsewhere = f"is a flag of trainer.task: those go behind `--`, as in python -m {example}"
+        positional = task_flags.parse(flags.FLAGS, sys.argv, task_flags.NAMES if example else (), elsewhere)[1:]
     except JobError as error:
         _tell(program, error)
         sys.exit(error.exit_code)

@@ -38,7 +38,8 @@ def say_table(table: Table) -> None:
     # Wide where there is no terminal: a path that is broken in two cannot be copied from a log.
     console = RichConsole(file=text, force_terminal=on_terminal, width=None if on_terminal else 200)
     console.print(table, soft_wrap=True)
-    say(text.getvalue().rstrip("\n"))
+    # rich fills a column with blanks, the last one of a line, too.
+    say("\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n")))
 
 
 class ConsoleWriter:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainer.presets import PRESETS, from_preset
 
 # Flags that trainer.task has beside those of the configuration, such as --verbosity.
 _SHARED_MODULES = (app.__name__, logging.__name__)
+NAMES = frozenset(field.name for field in dataclasses.fields(Config))
 
 
 def define(flag_values: flags.FlagValues) -> None:
@@ -46,8 +47,17 @@ def _default_text(field: dataclasses.Field) -> str:
     return f"{default}; preset {', '.join(presets)}" if presets else f"{default}"
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+def parse(
+    flag_values: flags.FlagValues, argv: Sequence[str], others: Container[str] = (), of_others: str = "", program: str = ""
+) -> list[str]:
     """Parses `argv` and returns what is no flag.
+
+    Args:
+        flag_values: the flags that there are.
+        argv: the command line, its program included.
+        others: names of flags that belong on the other side of `--`.
+        of_others: what to say of one of them, after its name.
+        program: whose flags these are, where it is not the one that runs.
 
     Raises:
         RequestError: an unknown flag or a value of the wrong type.
@@ -55,9 +65,12 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     try:
         return flag_values(list(argv))
     except (flags.Error, ValueError) as error:
+        name = getattr(error, "flagname", "")
+        if name in others or name.removeprefix("no") in others:
+            raise RequestError(f"--{name} {of_others}") from error
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
         text = ": ".join(map(str, error.args)) or str(error)
-        raise RequestError(f"{' '.join(text.split())}; see --helpfull") from error
+        raise RequestError(f"{' '.join(text.split())}; see {program and f'python -m {program} '}--helpfull") from error
 
 
 def to_config(flag_values: flags.FlagValues, positional: Sequence[str] = ()) -> Config:
@@ -94,7 +107,8 @@ def task_options(arguments: Sequence[str], own: flags.FlagValues) -> dict[str, A
     for module in _SHARED_MODULES:
         for flag in own.flags_by_module_dict().get(module, ()):
             values[flag.name] = flag
-    return _given(values, parse(values, ["trainer.task", *arguments])[1:])
+    elsewhere = "is no flag of trainer.task, whose flags follow the `--`: give it before"
+    return _given(values, parse(values, ["trainer.task", *arguments], own, elsewhere, "trainer.task")[1:])
 
 
 def _given(flag_values: flags.FlagValues, positional: Sequence[str]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class Recording:
             from trainer import gallery, predictions, report
 
             model_dir = Path(self._config.model_dir)
+            # It takes seconds, or ten on a core that is shared, of which nothing else is said.
+            _log.info("writing the report: %s", model_dir / "report.html")
             try:
                 answers = predictions.predict(model, shown, split, dataset.class_names, moved, self._config.test_time_augment)
             except tf.errors.ResourceExhaustedError as error:

@@ -173,4 +173,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.tune", main)
+    cli.run("trainer.tune", main, example="trainer.tune --study_dir studies/first -- --preset fast")
