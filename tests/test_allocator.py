@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,16 +12,16 @@ from trainer import pipeline
 from trainer.allocator import keep_memory
 from trainer.dataset import Examples
 
-_M_MMAP_THRESHOLD, _BYTES = -3, 400 * 2**20
+_M_MMAP_THRESHOLD, _BYTES, _OLD_MOST = -3, 400 * 2**20, 32 * 2**20
 # Of the size that stands before a block: https://sourceware.org/glibc/wiki/MallocInternals
 _IS_MMAPPED = 2
 
 
-def _is_mapped() -> bool:
+def _is_mapped(size: int = _BYTES) -> bool:
     """Whether a large block comes from the system, which takes it back when it is freed, and not from the heap."""
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes, library.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    block = library.malloc(_BYTES)
+    block = library.malloc(size)
     assert block
     try:
         return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED)
@@ -41,6 +42,19 @@ def _returned_at_first() -> Iterator[None]:
 def test_large_blocks_stay_in_the_heap() -> None:
     keep_memory()
     assert not _is_mapped()
+
+
+def test_smaller_ones_do_where_an_older_glibc_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ctypes.CDLL(None)
+
+    def mallopt(parameter: int, size: int) -> int:
+        return 0 if parameter == _M_MMAP_THRESHOLD and size > _OLD_MOST else real.mallopt(parameter, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+        keep_memory()
+    assert not _is_mapped(26 * 10**6)
+    assert _is_mapped()
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])

@@ -170,7 +170,9 @@ def run_first_block(layers: list[keras.layers.Layer], images: tf.Tensor, upstrea
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-12), ("mixed_bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param("float32", 1e-4, marks=pytest.mark.e2e), ("float64", 1e-12), ("mixed_bfloat16", 0.03)]
+)
 def test_first_block_is_kerass_four_layers(dtype: str, tolerance: float) -> None:
     images, upstream = images_and_upstream("float64" if dtype == "float64" else "float32")
     layer = first_block(dtype)

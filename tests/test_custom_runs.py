@@ -88,7 +88,8 @@ class Center(keras.layers.Layer):
 """
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.5, marks=pytest.mark.e2e)])
+@pytest.mark.e2e
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_state_of_a_layers_own_is_averaged_over_replicas(ema_decay: float, module, start_job, tmp_path: Path) -> None:
     module("import keras" + STATE + START + "    x = Center()(keras.layers.Rescaling(1 / 255)(x))\n" + END)
     options = {"model": "mine:build", "num_devices": 2, "strategy": "mirrored", "checkpoint_every_steps": 5, "epochs": 1,
@@ -106,7 +107,7 @@ def test_state_of_a_layers_own_is_averaged_over_replicas(ema_decay: float, modul
 @pytest.mark.parametrize(
     "layers",
     [
-        "RandomFlip('horizontal'), keras.layers.RandomTranslation(0.1, 0.1)",
+        pytest.param("RandomFlip('horizontal'), keras.layers.RandomTranslation(0.1, 0.1)", marks=pytest.mark.e2e),
         "Reshape((28, 28)), keras.layers.LSTM(4, dropout=0.1)",
     ],
 )

@@ -88,7 +88,7 @@ def test_frozen_weights_are_not_taken_for_statistics(monkeypatch: pytest.MonkeyP
     ("precision", "dtype"),
     [
         ("mixed_bfloat16", "bfloat16"),
-        ("float32", "float32"),
+        pytest.param("float32", "float32", marks=pytest.mark.e2e),
         pytest.param("mixed_float16", "float16", marks=pytest.mark.e2e),
         pytest.param("float64", "float64", marks=pytest.mark.e2e),
     ],

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 
-from trainer import dataset, evaluate, job
+from trainer import dataset, evaluate, job, storage
 from trainer.agreement import Agreement
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
@@ -142,14 +142,8 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run_here,
     assert result["steps"] == 48
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("state.index", marks=pytest.mark.e2e),
-        pytest.param("state.data-00000-of-00001", marks=pytest.mark.e2e),
-        "loop.json",
-    ],
-)
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["state.index", "state.data-00000-of-00001", "loop.json"])
 def test_checkpoint_with_a_missing_or_cut_file_is_passed_over(name: str, run_here, stopped_late: Path, caplog) -> None:
     newest, second, third = checkpoints_in(stopped_late)[::-1]
     (newest / name).unlink()
@@ -324,11 +318,12 @@ def test_profile_of_the_given_steps_is_written(run_here, tmp_path: Path) -> None
     assert list((tmp_path / "run" / "tensorboard").rglob("*.xplane.pb"))
 
 
-def test_second_job_in_the_same_folder_is_refused(start_job) -> None:
-    first = start_job(epochs=200)
-    first.wait_for(lambda: (first.model_dir / "config.json").exists(), "config.json")
-    second = start_job(epochs=200)
-    assert second.wait() == 2
+def test_second_job_in_the_same_folder_is_refused(start_job, tmp_path: Path) -> None:
+    first = tmp_path / "run"
+    storage.prepare_folder(first)
+    with storage.exclusive(first, needed=True):
+        second = start_job(model_dir=first)
+        assert second.wait() == 2
     assert "another job is writing there" in second.log.read_text()
 
 

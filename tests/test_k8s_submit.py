@@ -92,6 +92,7 @@ def test_what_is_not_ours_is_never_touched(bench: Bench) -> None:
     assert len(bench.objects) == 3
 
 
+@pytest.mark.e2e
 def test_dry_run_shows_the_difference_and_changes_nothing(bench: Bench) -> None:
     new = bench.works("submit", "--dry_run", "--name=digits", "--overlay=cpu")
     assert "+kind: Job" in new
@@ -237,6 +238,7 @@ def test_queue_and_claim_have_to_be_there(bench: Bench) -> None:
     assert "this cluster does not know localqueues" in bench.fails("submit", "--queue=gpus")
 
 
+@pytest.mark.e2e
 def test_runtime_of_trainjobs_is_made_before_the_job_is_looked_at(bench: Bench) -> None:
     bench.works("submit", "--name=digits", "--overlay=trainjob", "--image=example.com/a:v1")
     kinds = [found["kind"] for found in bench.objects]

@@ -15,7 +15,8 @@ from trainer.errors import Stopped
 from trainer.signals import StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.e2e)])
+@pytest.mark.e2e
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_exits_75_and_the_printed_command_goes_on_to_the_same_weights(
     number: int, start_job, tmp_path: Path
 ) -> None:
