@@ -42,9 +42,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # pytest's processes begin at different tests; two that need this fixture at once would wait for one of them to make it.
-    items.sort(key=lambda item: "finished" in getattr(item, "fixturenames", ()))
+    # Two processes of pytest begin at the first test and at the middle one. Who needs this fixture while the other makes it
+    # waits for it, so that the tests that do begin at the middle.
+    needing = [item for item in items if "finished" in getattr(item, "fixturenames", ())]
+    others = [item for item in items if "finished" not in getattr(item, "fixturenames", ())]
+    middle = len(items) // 2
+    items[:] = [*others[:middle], *needing, *others[middle:]]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -209,6 +209,7 @@ def test_variance_is_never_below_zero_where_values_are_nearly_the_same() -> None
     np.testing.assert_array_equal(variance, 0)
 
 
+@pytest.mark.e2e
 def test_first_block_takes_a_batch_whose_size_is_known_late() -> None:
     images, upstream = images_and_upstream("float64")
     layer = first_block("float64")

@@ -104,10 +104,11 @@ def test_state_of_a_layers_own_is_averaged_over_replicas(ema_decay: float, modul
     assert 0.05 < mean.mean() < 0.5
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "layers",
     [
-        pytest.param("RandomFlip('horizontal'), keras.layers.RandomTranslation(0.1, 0.1)", marks=pytest.mark.e2e),
+        "RandomFlip('horizontal'), keras.layers.RandomTranslation(0.1, 0.1)",
         "Reshape((28, 28)), keras.layers.LSTM(4, dropout=0.1)",
     ],
 )
@@ -141,7 +142,8 @@ def test_folder_of_a_job_that_never_began_is_free(module, run_here, tmp_path: Pa
         run_here(epochs=1, model="mine:build")
 
 
-@pytest.mark.parametrize("layers", [pytest.param("Dense(20)", marks=pytest.mark.e2e), "Dense(30), keras.layers.Dense(30)"])
+@pytest.mark.e2e
+@pytest.mark.parametrize("layers", ["Dense(20)", "Dense(30), keras.layers.Dense(30)"])
 def test_run_of_a_network_whose_code_has_changed_is_refused_and_kept(layers: str, module, run_here, tmp_path: Path) -> None:
     def write(text: str) -> None:
         network = f"    for layer in [keras.layers.{text}]:\n        x = layer(x)\n"

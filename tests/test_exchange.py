@@ -73,6 +73,7 @@ def test_what_a_step_exchanges_is_timed_and_leaves_the_weights_alone(precision: 
         assert (variable.numpy() == value).all()
 
 
+@pytest.mark.e2e
 def test_frozen_weights_are_not_taken_for_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, state = train(2, 0)
     for layer in state.model.layers:

@@ -170,6 +170,7 @@ def test_checkpoints_that_cannot_be_read_this_time_are_a_stop(run_here, stopped_
     assert checkpoints_in(stopped_late) == before
 
 
+@pytest.mark.e2e
 def test_early_stopping_uses_the_best_weights_and_says_so(run_here, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO", "digitfleet")
     options = {"epochs": 60, "early_stopping_patience": 2, "learning_rate": 0.01, "lr_schedule": "constant"}

@@ -179,6 +179,7 @@ def test_quota_counts_what_runs_beside_the_workers() -> None:
         quota.check(built, [cores], has_defaults=True)
 
 
+@pytest.mark.e2e
 def test_volume_of_one_node_is_refused_to_a_job_whose_pods_may_be_on_several(bench: Bench) -> None:
     bench.store({"kind": "PersistentVolumeClaim", "metadata": {"name": "disk"}, "spec": {"accessModes": ["ReadWriteOnce"]}})
     given = ("submit", "--name=digits", "--overlay=single-node", "--storage=disk")

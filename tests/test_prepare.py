@@ -192,6 +192,7 @@ def test_test_set_is_split_off_by_class(tmp_path: Path) -> None:
     assert np.bincount(list(test.values())).tolist() == [2] * 7
 
 
+@pytest.mark.e2e
 def test_synthetic_digits_are_deformed_ones_with_the_true_labels(tmp_path: Path) -> None:
     prepare("--source=synthetic", "--num_examples=600", f"--output={tmp_path / 'out'}", "--num_shards=2")
     made, mnist = content_of(tmp_path / "out", "train"), dataset.load("").train

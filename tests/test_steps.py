@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 # One of each way in which replicas could differ; the rest is of the long tests.
-_FAST = ("bn_cnn", "augmentation and dropout", "clipping", "average")
+_FAST = ("bn_cnn", "augmentation and dropout", "average")
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_report_that_cannot_be_drawn_costs_nothing_else(
     assert not (tmp_path / "run/report.html").exists()
 
 
+@pytest.mark.e2e
 def test_want_of_memory_for_the_report_costs_nothing_else(run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_memory = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
     monkeypatch.setattr(predictions, "predict", Mock(side_effect=no_memory))
