@@ -135,6 +135,10 @@ def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothin
         ("launch.local -- --noisolate", "--noisolate is no flag of trainer.task, whose flags follow the `--`: give it before"),
         ("trainer.tune --epochs=3", "--epochs is a flag of trainer.task: those go behind `--`, as in python -m trainer.tune "),
         ("trainer.tune --study_dir=a -- --num_trials=3", "--num_trials is no flag of trainer.task"),
+        (
+            "launch.local -- --flagfile=none",
+            "launch.local: Unable to open flagfile: [Errno 2] No such file or directory: 'none'; see",
+        ),
         # Takes none of another program.
         ("trainer.evaluate --epochs=3", "Unknown command line flag 'epochs'"),
     ],

@@ -69,7 +69,7 @@ def parse(
         if name in others or name.removeprefix("no") in others:
             raise RequestError(f"--{name} {of_others}") from error
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
-        text = ": ".join(map(str, error.args)) or str(error)
+        text = (": ".join(map(str, error.args)) or str(error)).removeprefix("ERROR:: ")
         raise RequestError(f"{' '.join(text.split())}; see {program and f'python -m {program} '}--helpfull") from error
 
 
