@@ -6,6 +6,7 @@
 What follows `--` are flags of trainer.task. Every worker's output is shown with its number and kept in `model_dir`/logs.
 """
 
+import os
 import shlex
 import shutil
 import sys
@@ -22,6 +23,8 @@ from trainer import flags as task_flags
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
 _PROGRAM = "launch.local"
+# The least that a worker holds.
+_WORKER_BYTES = 600 * 2**20
 
 
 def define(flag_values: flags.FlagValues) -> None:
@@ -67,6 +70,11 @@ def main(task_arguments: list[str]) -> None:
     if values.data_workers and (not config.data_dir or config.data_service):
         raise RequestError(
             "--data_workers prepare the records of --data_dir, a data set of trainer.prepare; and --data_service is theirs"
+        )
+    fit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _WORKER_BYTES
+    if values.num_workers > max(fit, 2):
+        raise RequestError(
+            f"--num_workers={values.num_workers}: this machine has memory for {fit} at most: each loads TensorFlow"
         )
     faults = chaos.parse(values.chaos, values.num_workers)
     model_dir = config.model_dir or task_flags.new_model_dir(config)

@@ -139,6 +139,8 @@ def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothin
             "launch.local -- --flagfile=none",
             "launch.local: Unable to open flagfile: [Errno 2] No such file or directory: 'none'; see",
         ),
+        # They would be started, and the machine would have no memory left for anything.
+        ("launch.local --num_workers=100000 -- --preset=fast", "--num_workers=100000: this machine has memory for "),
         # Takes none of another program.
         ("trainer.evaluate --epochs=3", "Unknown command line flag 'epochs'"),
     ],
