@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import machine, storage
+from trainer import machine, storage, trial, tune
 from trainer.errors import RequestError
+from trainer.search import Search
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,21 @@ def test_folder_of_other_data_is_refused(run_here, stopped_late: Path, tmp_path:
         (other / path.name).write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(RequestError, match="data_sha256"):
         run_here(epochs=3, data_dir=str(other))
+
+
+def test_folder_of_a_search_is_no_runs_and_that_of_a_run_no_searchs(run_here, stopped_late: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    config, searched = tune.task_of(["--preset=fast", "--validation_fraction=0.1"], trial.DEFAULT_SPACE)
+    Search(study, searched, config, "", 1, "none")
+    for folder, use in (
+        (study, lambda: run_here(model_dir=str(study))),
+        (stopped_late, lambda: Search(stopped_late, searched, config, "", 1, "none")),
+    ):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(RequestError, match=r"holds a (search of trainer.tune|run of trainer.task): give another folder"):
+            use()
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_noresume_never_touches_a_folder_that_holds_a_run(run_here, stopped_late: Path) -> None:

@@ -139,6 +139,11 @@ def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothin
             "launch.local -- --flagfile=none",
             "launch.local: Unable to open flagfile: [Errno 2] No such file or directory: 'none'; see",
         ),
+        ("launch.local --num_workers 2 --chaos -- --preset fast", "--chaos has no value before the `--`"),
+        ("launch.local --num_workers -- --preset fast", "--num_workers has no value before the `--`"),
+        ("launch.local --noisolate -- --presett fast", "'presett'. Did you mean: preset ?"),
+        ("launch.local -- --help", "Unknown command line flag 'help'; see python -m trainer.task --helpfull"),
+        ("trainer.tune -- --preset=fast --study_dir=a", "--study_dir is no flag of trainer.task"),
         # They would be started, and the machine would have no memory left for anything.
         ("launch.local --num_workers=100000 -- --preset=fast", "--num_workers=100000: this machine has memory for "),
         # Takes none of another program.

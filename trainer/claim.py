@@ -37,6 +37,8 @@ def check(model_dir: Path, config: Config, data_sha256: str, *, is_chief: bool) 
             raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
         if (model_dir / _CONFIG).exists():
             raise RequestError(f"--model_dir={model_dir} has a config.json that is no run's: give another folder")
+        if (model_dir / storage.JOURNAL).exists():
+            raise RequestError(f"--model_dir={model_dir} holds a search of trainer.tune: give another folder")
         return 0
     begun = _has_begun(before)
     # The chief alone: on a worker the file may be what the chief has written just now.

@@ -13,8 +13,6 @@ from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.presets import PRESETS, from_preset
 
-# Flags that trainer.task has beside those of the configuration, such as --verbosity.
-_SHARED_MODULES = (app.__name__, logging.__name__)
 NAMES = frozenset(field.name for field in dataclasses.fields(Config))
 
 
@@ -62,6 +60,11 @@ def parse(
     Raises:
         RequestError: an unknown flag or a value of the wrong type.
     """
+    end = argv.index("--") if "--" in argv else 0
+    last = argv[end - 1].lstrip("-") if end and argv[end - 1].startswith("-") else ""
+    if last in flag_values and not flag_values[last].boolean:
+        # absl would take the dashes for it.
+        raise RequestError(f"--{last} has no value before the `--`; see --helpfull")
     try:
         return flag_values(list(argv))
     except (flags.Error, ValueError) as error:
@@ -104,11 +107,13 @@ def task_options(arguments: Sequence[str], own: flags.FlagValues) -> dict[str, A
     """
     values = flags.FlagValues()
     define(values)
-    for module in _SHARED_MODULES:
-        for flag in own.flags_by_module_dict().get(module, ()):
-            values[flag.name] = flag
+    # Those of all programs, such as --verbosity; help is each program's own.
+    by_module = own.flags_by_module_dict()
+    for flag in by_module.get(logging.__name__, ()):
+        values[flag.name] = flag
+    launchers = set(own) - {flag.name for flag in by_module.get(app.__name__, ())}
     elsewhere = "is no flag of trainer.task, whose flags follow the `--`: give it before"
-    return _given(values, parse(values, ["trainer.task", *arguments], own, elsewhere, "trainer.task")[1:])
+    return _given(values, parse(values, ["trainer.task", *arguments], launchers, elsewhere, "trainer.task")[1:])
 
 
 def _given(flag_values: flags.FlagValues, positional: Sequence[str]) -> dict[str, Any]:

@@ -42,13 +42,15 @@ class Search:
         pruner: one of `PRUNERS`.
 
     Raises:
-        RequestError: the folder holds another search.
+        RequestError: the folder holds another search, or a run.
     """
 
     def __init__(self, folder: Path, options: Space, config: Config, data_sha256: str, num_trials: int, pruner: str) -> None:
         self.folder, self.options, self.config, self.num_trials = folder, options, config, num_trials
+        if (folder / "config.json").exists():
+            raise RequestError(f"--study_dir={folder} holds a run of trainer.task: give another folder")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        journal = str(folder / "journal.log")
+        journal = str(folder / storage.JOURNAL)
         (folder / "trials").mkdir(exist_ok=True)
         known: dict[str, Any] = {
             "storage": JournalStorage(JournalFileBackend(journal, lock_obj=_JournalLock(journal))),

@@ -20,6 +20,8 @@ MIN_FREE_BYTES = 64 * 2**20
 # Longer than NFS clients cache the attributes of a folder (acdirmax, 60 s).
 _SHOWN_WITHIN_SECS = 70.0
 LOCK = ".lock"
+# What is known of a search of trainer.tune, in its folder.
+JOURNAL = "journal.log"
 
 
 def prepare_folder(folder: Path, flag: str = "--model_dir") -> int:

@@ -151,10 +151,11 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(positional: list[str]) -> None:
     """Runs the search, or its rest, or this process's share of it; prints the winner."""
+    # First: the folder may stand among the flags of trainer.task.
+    config, searched = task_of(positional, Path(flags.FLAGS.space or trial.DEFAULT_SPACE))
     if not flags.FLAGS.study_dir:
         raise RequestError("--study_dir must be given: the folder of the search")
     folder = Path(flags.FLAGS.study_dir)
-    config, searched = task_of(positional, Path(flags.FLAGS.space or trial.DEFAULT_SPACE))
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period + 2 * _END_SECS)
     sha256 = dataset.load_for(config).sha256
