@@ -12,6 +12,7 @@ from trainer import presets, trial
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.options import read_yaml
+from trainer.plan import check_batch
 
 
 def task_config(arguments: Sequence[str]) -> Config:
@@ -48,6 +49,22 @@ def _known_options(arguments: Sequence[str], volumes: Collection[str]) -> dict[s
     if presets.is_file(preset) and is_below(preset, volumes):
         del options["preset"]
     return options
+
+
+def check_topology(config: Config, num_workers: int, num_devices: int) -> None:
+    """Whether the task's flags go with the workers.
+
+    Args:
+        config: what they make.
+        num_workers: processes that train together.
+        num_devices: of each.
+
+    Raises:
+        RequestError: each worker would refuse them.
+    """
+    if num_workers > 1 and config.strategy in ("one_device", "mirrored"):
+        raise RequestError(f"--strategy={config.strategy} with {num_workers} workers: each would train alone; leave it out")
+    check_batch(config, num_workers * (1 if config.strategy == "one_device" else num_devices))
 
 
 def is_below(path: str, folders: Collection[str]) -> bool:

@@ -85,7 +85,7 @@ def _request(task: Sequence[str], namespace: str) -> Request:
         cpus_per_worker=values.cpus_per_worker,
         memory_per_worker=values.memory_per_worker,
         overlay=values.overlay,
-        components=tuple(values.components),
+        components=tuple(filter(None, values.components)),
         queue=values.queue,
         storage=values.storage,
         trials=_trials(values.trials),
@@ -93,13 +93,21 @@ def _request(task: Sequence[str], namespace: str) -> Request:
     )
 
 
+def _tell_of_example() -> None:
+    """The overlay that is here has trials that show what a trial is."""
+    if flags.FLAGS.overlay == "sweep" and not flags.FLAGS.trials:
+        _say("no --trials: these are the example's four learning rates; give a file with the flags of a trial a line")
+
+
 def _trials(path: str) -> tuple[tuple[str, ...], ...]:
     if not path:
         return ()
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--trials={path} cannot be read: {error}") from error
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RequestError(f"--trials={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--trials={path} is no text: expected flags of trainer.task, one trial a line") from error
     trials = tuple(tuple(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if sum(map(len, lines)) > _MOST_TRIAL_BYTES:
         raise RequestError(
@@ -120,6 +128,7 @@ def _cluster(namespace: str = "") -> Kubectl:
 
 def _render(task: list[str]) -> None:
     objects = render(_request(task, flags.FLAGS.namespace))
+    _tell_of_example()
     if not flags.FLAGS.output:
         cli.show(manifests.dump(objects).rstrip("\n"))
         return
@@ -139,6 +148,7 @@ def _submit(task: list[str]) -> None:
     values = flags.FLAGS
     # Before the cluster is asked: a mistake is told at once, and without one.
     cluster = _cluster(namespace_of(render(_request(task, values.namespace))))
+    _tell_of_example()
     request = _request(task, cluster.namespace)
     made = submission.submit(cluster, request, replace=values.replace, dry_run=values.dry_run, show=cli.show, say=_say)
     for found in made:

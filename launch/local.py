@@ -16,9 +16,9 @@ from pathlib import Path
 from absl import flags
 
 from launch import chaos, isolation
-from launch.arguments import task_config
+from launch.arguments import check_topology, task_config
 from launch.supervisor import Job, Supervisor
-from trainer import cli, cluster, console, storage
+from trainer import cli, cluster, console, dataset, storage
 from trainer import flags as task_flags
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
@@ -82,11 +82,14 @@ def main(task_arguments: list[str]) -> None:
     if config.num_devices not in (0, devices):
         raise RequestError(f"--devices_per_worker={devices} and --num_devices={config.num_devices}: give one of them")
     environments, num_devices = _share_devices(values.num_workers, devices, cluster.visible_gpus())
+    check_topology(config, values.num_workers, num_devices or 1)
     extra = [] if config.model_dir else [f"--model_dir={model_dir}"]
     extra += [f"--num_devices={num_devices}"] if num_devices else []
     outside = config.data_service or next((path for path in (config.data_dir, model_dir) if "://" in path), "")
     if values.isolate and outside:
         raise RequestError(f"{outside} is out of reach of workers that are kept to this machine: add --noisolate before the `--`")
+    if "://" not in config.data_dir:
+        dataset.find(config.data_dir)
     if values.isolate and (reason := isolation.isolate()):
         _say(
             f"warning: other machines may reach the workers' ports, which have no authentication (no network namespace: {reason})"
@@ -95,7 +98,7 @@ def main(task_arguments: list[str]) -> None:
         _say("--metrics_port is reached from within the workers' network namespace alone; add --noisolate to reach it")
     job = Job(
         command=[sys.executable, "-m", "trainer.task", *task_arguments, *extra],
-        environments=environments,
+        environments=[{cluster.LAUNCHER: _PROGRAM, **environment} for environment in environments],
         model_dir=Path(model_dir),
         max_restarts=values.max_restarts,
         grace_period_secs=config.grace_period,

@@ -54,4 +54,4 @@ class LostTime:
         if not self.seconds:
             return ""
         median, most = statistics.median(self.seconds), max(self.seconds)
-        return f"{len(self.seconds)} faults survived, median {median:.1f} s lost, most {most:.1f} s"
+        return f"faults survived: {len(self.seconds)}, median {median:.1f} s lost, most {most:.1f} s"

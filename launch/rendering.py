@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from launch import manifests
-from launch.arguments import check_trials, is_below, pods_config, preset_file, without_files
+from launch.arguments import check_topology, check_trials, is_below, pods_config, preset_file, without_files
 from launch.kubectl import Object
 from launch.request import Request
 from launch.workload import (
@@ -29,7 +29,6 @@ from launch.workload import (
 )
 from trainer.config import Config
 from trainer.errors import RequestError
-from trainer.plan import make_plan
 
 _CLUSTER_SCOPED = {"PersistentVolume", "ClusterTrainingRuntime", "ClusterQueue", "ResourceFlavor"}
 _GPU = "nvidia.com/gpu"
@@ -81,7 +80,8 @@ def _check_overlay(request: Request, objects: Sequence[Object], workload: Object
     if not workload:
         given = [flag for flag in ("workers", "gpus_per_worker", "queue", "trials", "task") if getattr(request, flag)]
         if given:
-            raise RequestError(f"{where} trains nothing: there is nothing that --{given[0]} could be said of")
+            named = f"--{given[0]}" if given[0] != "task" else "flags behind `--`"
+            raise RequestError(f"{where} trains nothing: there is nothing that {named} could be said of")
         return
     kind = workload["kind"]
     try:
@@ -113,7 +113,9 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
         # Cloud Storage FUSE has no locks, and of two that append to a file one loses what it wrote:
         # https://cloud.google.com/storage/docs/cloud-storage-fuse/overview
         if request.bucket and request.bucket[0] == "gs" and workload["spec"]["parallelism"] > 1:
-            raise RequestError("--storage=gs://: the pods of a search share files with locks: name a claim, or take --workers=1")
+            raise RequestError(
+                f"--storage={request.storage}: the pods of a search share files with locks: name a claim, or take --workers=1"
+            )
         own_space = any(word.startswith("--space") for word in container["command"])
         check_trials(_task_flags(workload, request.task), readable, own_space=own_space)
     # Kubernetes would put variables in place of $(...). A trial's own flags come last, so that they count.
@@ -218,16 +220,12 @@ def _check_fit(config: Config, workload: Object) -> None:
     Raises:
         RequestError: each worker would refuse them.
     """
-    workers = 1 if is_sweep(workload) else num_workers(workload)
-    if workers > 1 and config.strategy in ("one_device", "mirrored"):
-        raise RequestError(f"--strategy={config.strategy} with {workers} workers: each would train alone; leave it out")
     container = main_container(workload)
     resources = container.get("resourcesPerNode") or container.get("resources", {})
     gpus = int(resources.get("limits", {}).get(_GPU, 0))
     if gpus and config.num_devices > gpus:
         raise RequestError(f"--num_devices={config.num_devices}: a worker has {gpus} GPUs; see --gpus_per_worker")
-    replicas = 1 if config.strategy == "one_device" else workers * (config.num_devices or gpus or 1)
-    make_plan(config, config.global_batch_size, replicas)
+    check_topology(config, 1 if is_sweep(workload) else num_workers(workload), config.num_devices or gpus or 1)
 
 
 def _check_paths(config: Config, objects: list[Object], workload: Object, given: Sequence[str]) -> None:

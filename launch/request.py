@@ -88,6 +88,10 @@ class Request:
             raise RequestError(f"--queue={self.queue}: expected a LocalQueue's name, of lower-case letters, digits, - and .")
         if self.image and not _IMAGE.fullmatch(self.image):
             raise RequestError(f"--image={self.image} is no image such as registry.example.com/team/digitfleet:gpu")
+        if self.image.startswith("REGISTRY/"):
+            raise RequestError(
+                f"--image={self.image}: REGISTRY stands for the registry that your cluster's nodes pull from: name it"
+            )
         for flag, example, least, most in (
             ("cpus_per_worker", "500m or 8 (cores)", _LEAST_CPUS, _MOST_CPUS),
             ("memory_per_worker", "16Gi (Ki, Mi, Gi; without a unit, bytes)", _LEAST_MEMORY, _MOST_MEMORY),
@@ -101,7 +105,9 @@ class Request:
             if not least <= meant <= most:
                 raise RequestError(f"{expected}; no worker has so {'little' if meant < least else 'much'}")
         if self.storage and not (self.bucket or _SUBDOMAIN.fullmatch(self.storage)):
-            raise RequestError(f"--storage={self.storage}: expected a claim's name, gs://BUCKET or s3://BUCKET")
+            raise RequestError(
+                f"--storage={self.storage}: expected a claim's name, or gs://BUCKET or s3://BUCKET, of 3 to 63 characters"
+            )
 
     @property
     def bucket(self) -> tuple[str, str] | None:

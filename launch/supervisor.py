@@ -19,6 +19,7 @@ from trainer.signals import ONE_REQUEST_SECS
 _LOOK_EVERY_SECS = 0.05
 # Workers notice a lost peer within ten seconds.
 _END_TOGETHER_SECS = 10.0
+_SAME_END_SECS = 2.0
 _FIRST_BACKOFF_SECS, _LONGEST_BACKOFF_SECS = 1.0, 60.0
 
 
@@ -62,13 +63,14 @@ class Supervisor:
         self._lost = LostTime(say)
         self._asked: list[signal.Signals] = []
         self._asked_at = self._running = 0.0
-        self._restarts = 0
+        self._restarts = self._found = 0
 
     def run(self) -> int:
         """Starts the workers, again and again as far as allowed; returns the exit code. Call it in the main thread."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self._ask(signal.Signals(number)))
         backoff = _FIRST_BACKOFF_SECS
+        self._found = last_step(self._job.model_dir)
         while True:
             before = last_step(self._job.model_dir)
             code = self._attempt()
@@ -157,7 +159,8 @@ class Supervisor:
     def _inject(self, workers: Workers) -> None:
         step = last_step(self._job.model_dir)
         self._lost.at(step)
-        if self._faults and step >= self._faults[0].step:
+        # A finished job, of which nothing is done again, stands at its last step.
+        if self._faults and step >= self._faults[0].step and step != self._found:
             fault = self._faults.pop(0)
             self._say(f"chaos: {fault}, at step {step}")
             self._lost.fault()
@@ -176,7 +179,11 @@ class Supervisor:
         failed = [(index, code) for index, code in enumerate(workers.codes()) if code]
         self._lost.fault()
         self._say("; ".join(f"worker {index} {_words(code)}" for index, code in failed) + ": ending all")
-        if any(code in (EXIT_DEFECT, EXIT_REQUEST) for _, code in failed):
+        refused = next((index for index, code in failed if code == EXIT_REQUEST), None)
+        if refused is not None:
+            self._say(f"worker {refused} says: {workers.last_line(refused)}")
+        # What one refuses the others mostly do, too, and then there is nothing to save.
+        if any(code in (EXIT_DEFECT, EXIT_REQUEST) for _, code in failed) and not workers.wait(_SAME_END_SECS):
             workers.signal(signal.SIGTERM)
         if not workers.wait(_END_TOGETHER_SECS, lambda: len(self._asked) > 1):
             running = [str(index) for index, code in enumerate(workers.codes()) if code is None]

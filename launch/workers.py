@@ -34,6 +34,7 @@ class Workers:
     ) -> None:
         self._show = show
         self._threads: list[threading.Thread] = []
+        self._last_lines = [""] * len(commands)
         self.processes: list[subprocess.Popen[str]] = []
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -68,6 +69,7 @@ class Workers:
                 # The disk that is full is often the one that the line is about.
                 with contextlib.suppress(OSError):
                     file.write(line.encode())
+                self._last_lines[index] = line.strip() or self._last_lines[index]
                 self._show(index, line.rstrip("\n"))
 
     def __enter__(self) -> "Workers":
@@ -83,6 +85,12 @@ class Workers:
     def codes(self) -> list[int | None]:
         """Each worker's exit code: None while it runs, negative for a signal."""
         return [process.poll() for process in self.processes]
+
+    def last_line(self, worker: int) -> str:
+        """The last that a worker has said; all of it has been shown where the worker has ended."""
+        if self.processes[worker].poll() is not None:
+            self._threads[worker].join(timeout=5)
+        return self._last_lines[worker]
 
     def signal(self, number: signal.Signals, worker: int | None = None) -> None:
         """Sends a signal to one worker, or to all that still run, and to what they have started."""

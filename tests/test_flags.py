@@ -144,6 +144,11 @@ def test_process_with_wrong_command_line_exits_2_with_one_line_and_leaves_nothin
         ("launch.local --noisolate -- --presett fast", "'presett'. Did you mean: preset ?"),
         ("launch.local -- --help", "Unknown command line flag 'help'; see python -m trainer.task --helpfull"),
         ("trainer.tune -- --preset=fast --study_dir=a", "--study_dir is no flag of trainer.task"),
+        ("launch.local -- --preset=fast -- --epochs=2", "'--epochs=2': no flag is read behind a `--` of its own"),
+        ("launch.local --isolate=maybe", "launch.local: --isolate=maybe: expected true or false; see --helpfull"),
+        ("launch.local --num_workers=1.5", "launch.local: --num_workers=1.5: expected a positive integer"),
+        ("trainer.tune -- --epochs=many", "trainer.tune: --epochs=many: expected a number; see python -m trainer.task"),
+        ("trainer.tune --study_dir=a -- --validation_fraction=0.1 --num_devices=3", "does not divide by 3 replicas: use 63 or"),
         # They would be started, and the machine would have no memory left for anything.
         ("launch.local --num_workers=100000 -- --preset=fast", "--num_workers=100000: this machine has memory for "),
         # Takes none of another program.

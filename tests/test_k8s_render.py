@@ -266,6 +266,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--model_dir=/data/../etc",)}, "is on no volume"),
     ({"overlay": "single-node", "task": ("--num_devices=16",)}, "--num_devices=16: a worker has 8 GPUs"),
     ({"overlay": "tensorboard", "workers": 3}, "trains nothing: there is nothing that --workers could be said of"),
+    ({"overlay": "tensorboard", "task": ("--epochs=3",)}, "there is nothing that flags behind `--` could be said of"),
+    ({"image": "REGISTRY/digitfleet:1-gpu"}, "REGISTRY stands for the registry that your cluster's nodes pull from"),
     ({"cpus_per_worker": "1e99999999"}, "expected a quantity"),
     ({"overlay": "sweep", "trials": (("--model_dir=/data/runs/all",),)}, "trial 0: --model_dir: each trial"),
     ({"overlay": "sweep", "trials": (("--data_dir=/nowhere",),)}, "trial 0: --data_dir=/nowhere is on no volume"),
@@ -313,3 +315,8 @@ def test_data_on_the_bucket_is_found_on_its_volume() -> None:
 
 def test_search_of_one_pod_may_be_on_a_bucket() -> None:
     assert render(Request(storage="gs://bucket-1", overlay="tune", workers=1))
+
+
+def test_what_only_the_length_of_training_decides_is_left_to_the_workers() -> None:
+    task = ("--warmup_steps=500", "--profile_steps=100,120")
+    assert pods.of(render(Request(task=task)))[0].command[-2:] == list(task)

@@ -250,7 +250,7 @@ def test_help_names_all_commands(bench: Bench) -> None:
         (["status", "--name=-A"], "--name=-A"),
         (["status", "-n", "--all-namespaces"], "--namespace=--all-namespaces"),
         (["delete", "--", "--preset=fast"], "unexpected argument '--preset=fast'"),
-        (["render", "--trials=/nowhere"], "--trials=/nowhere cannot be read"),
+        (["render", "--trials=/nowhere"], "--trials=/nowhere cannot be read: No such file or directory"),
     ],
 )
 def test_wrong_command_lines(bench: Bench, arguments: list[str], message: str) -> None:

@@ -194,3 +194,16 @@ def test_job_that_cannot_save_within_the_grace_period_ends_with_75(start_job) ->
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(20) == 75
     assert "could not be saved within --grace_period=1 s" in job.log.read_text()
+
+
+@pytest.mark.parametrize("program", ["trainer.tune", "launch.local"])
+def test_ctrl_c_while_a_program_loads_shows_no_traceback(program: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        # A line follows each import.
+        lines = iter(process.stderr)
+        assert any(line.endswith(" trainer\n") for line in lines)
+        process.send_signal(signal.SIGINT)
+        said = "".join(lines)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in said

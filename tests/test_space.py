@@ -1,5 +1,6 @@
 """What a search varies, and what it does not: mistakes are told in one line before anything starts."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -79,3 +80,21 @@ def test_default_space_holds_the_default_configuration() -> None:
         "learning_rate", "global_batch_size", "optimizer", "l2", "activation", "pooling", "dropout_rate"
     }  # fmt: skip
     assert all(space.contains(found, getattr(config, name)) for name, found in searched.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("global_batch_size: [255, 99999]", "--global_batch_size=99999 is more than the 1000 training examples"),
+        ("global_batch_size: [255, 256]", "--global_batch_size=256 does not divide by 3 replicas"),
+        ("warmup_steps: [1, 900]", "--warmup_steps=900: training ends at step 6"),
+        # With the other number of epochs it is no mistake.
+        ("global_batch_size: [255]\nwarmup_steps: [1, 100]\nepochs: [1.5, 100]", ""),
+    ],
+)
+def test_choice_that_no_trial_could_have_is_refused_before_any_starts(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(text)
+    flags = FLAGS if "global" in text else [*FLAGS, "--global_batch_size=255"]
+    config, searched = tune.task_of(flags, tmp_path / "space.yaml")
+    with pytest.raises(RequestError, match=re.escape(message)) if message else contextlib.nullcontext():
+        tune.check_plans(config, searched, 1000, 3)

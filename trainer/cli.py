@@ -5,6 +5,7 @@ import gc
 import io
 import logging as standard_logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -71,6 +72,8 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
         # absl ends --help with 1, although nothing is wrong.
         _exit(EXIT_FINISHED if error.code == 1 else int(error.code or EXIT_FINISHED), at_once=False)
     _log_plainly(program)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(positional)
     except JobError as error:

@@ -17,6 +17,8 @@ from trainer import sources
 from trainer.errors import EXIT_REQUEST, JobError, RequestError
 from trainer.sources import Cluster
 
+# Of the environment of a launcher's workers.
+LAUNCHER = "DIGITFLEET_LAUNCHER"
 # The first that answers counts: what somebody has written by hand before what a scheduler sets.
 _SOURCES = (
     sources.from_tf_config,
@@ -62,6 +64,11 @@ def lock_patience(environment: Mapping[str, str] = os.environ) -> float:
     for a lease of 90 s. Elsewhere the other process is somebody's job, and waiting would not help.
     """
     return 120.0 if environment.get("KUBERNETES_SERVICE_HOST") or environment.get("SLURM_JOB_ID") else 0.0
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str:
+    """The program of ours that has started this process and tells how the job goes on; empty for none."""
+    return environment.get(LAUNCHER, "")
 
 
 def set_tensorflow_defaults(verbosity: int) -> None:

@@ -72,8 +72,20 @@ def parse(
         if name in others or name.removeprefix("no") in others:
             raise RequestError(f"--{name} {of_others}") from error
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
-        text = (": ".join(map(str, error.args)) or str(error)).removeprefix("ERROR:: ")
+        text = _without_python(flag_values, error) or (": ".join(map(str, error.args)) or str(error)).removeprefix("ERROR:: ")
         raise RequestError(f"{' '.join(text.split())}; see {program and f'python -m {program} '}--helpfull") from error
+
+
+def _without_python(flag_values: flags.FlagValues, error: Exception) -> str:
+    """What a number or a boolean should have been, of which absl tells Python's own error; else empty."""
+    # "flag --NAME=VALUE: " and the other error, where that is still at hand.
+    given = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
+    name, _, value = given.partition("=")
+    if not isinstance(error, flags.IllegalFlagValueError) or name not in flag_values:
+        return ""
+    parser = flag_values[name].parser
+    expected = "true or false" if parser.flag_type() == "bool" else parser.syntactic_help
+    return f"--{name}={value}: expected {expected}" if expected and parser.flag_type() in ("bool", "int", "float") else ""
 
 
 def to_config(flag_values: flags.FlagValues, positional: Sequence[str] = ()) -> Config:
@@ -118,7 +130,8 @@ def task_options(arguments: Sequence[str], own: flags.FlagValues) -> dict[str, A
 
 def _given(flag_values: flags.FlagValues, positional: Sequence[str]) -> dict[str, Any]:
     if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}: every option is a flag, see --helpfull")
+        reason = "no flag is read behind a `--` of its own" if positional[0].startswith("-") else "every option is a flag"
+        raise RequestError(f"unexpected argument {positional[0]!r}: {reason}, see --helpfull")
     values = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -52,6 +52,20 @@ class Plan:
         )
 
 
+def check_batch(config: Config, num_replicas: int) -> None:
+    """Whether the global batch can be divided: what is known of a plan before the data is.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    batch, parts = config.global_batch_size, num_replicas * config.gradient_accumulation_steps
+    if batch % parts:
+        lower = batch // parts * parts
+        fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
+        accumulation = f" x {config.gradient_accumulation_steps} accumulated parts" if parts > num_replicas else ""
+        raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
+
+
 def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     """The plan of a job.
 
@@ -60,14 +74,9 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
             warm-up, or before the steps that are to be profiled.
     """
     batch = config.global_batch_size
-    parts = num_replicas * config.gradient_accumulation_steps
-    if batch % parts:
-        if parts > num_examples:
-            raise RequestError(f"{num_replicas} replicas are more than the {num_examples} training examples: use fewer")
-        lower = batch // parts * parts
-        fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
-        accumulation = f" x {config.gradient_accumulation_steps} accumulated parts" if parts > num_replicas else ""
-        raise RequestError(f"--global_batch_size={batch} does not divide by {num_replicas} replicas{accumulation}: use {fitting}")
+    if num_replicas > num_examples:
+        raise RequestError(f"{num_replicas} replicas are more than the {num_examples} training examples: use fewer")
+    check_batch(config, num_replicas)
     if batch > num_examples:
         raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples: give no more")
     steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)

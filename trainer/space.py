@@ -53,7 +53,7 @@ def read(path: Path, config_with: Callable[[dict[str, Any]], Config]) -> dict[st
             if name in _NOT_SEARCHED:
                 raise RequestError(f"{name} cannot be searched: {_NOT_SEARCHED[name]}")
             space[name] = _distribution(fields[name], given)
-            for value in _ends(space[name]):
+            for value in ends(space[name]):
                 config_with({name: value})
     except RequestError as error:
         raise RequestError(f"{'' if str(error).startswith('--space=') else f'--space={path}: '}{error}") from error
@@ -84,7 +84,8 @@ def _distribution(field: dataclasses.Field, given: Any) -> BaseDistribution:
         raise RequestError(f"{field.name}: {error}") from error
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def ends(distribution: BaseDistribution) -> list[Any]:
+    """All choices, or the two ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)

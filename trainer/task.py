@@ -35,6 +35,8 @@ def main(positional: list[str]) -> None:
         with storage.exclusive(model_dir, needed=workers.is_chief, patience=patience, stopped=lambda: stop.name):
             result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
+        if cluster.launcher():
+            raise
         everywhere = ", with every worker," if len(workers.workers) > 1 else ""
         raise Stopped(f"{error}; go on{everywhere} with: {_command(config)}") from error
     if workers.is_chief:

@@ -5,7 +5,10 @@ processes and machines at once on one folder: together they finish N trials.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
+import itertools
+import logging
 import shlex
 import sys
 import time
@@ -16,16 +19,19 @@ from typing import Any
 import optuna
 from absl import flags
 
-from trainer import cli, cluster, console, dataset, signals, space, storage, trial, winner
+from trainer import cli, cluster, console, dataset, plan, signals, space, storage, trial, winner
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import RequestError, Stopped
 from trainer.search import PRUNERS, Search
 from trainer.trial import Ending
 
+_log = logging.getLogger("digitfleet")
 _LOOK_EVERY_SECS = 0.5
 # What a trial needs to end after its grace period, and this process after it.
 _END_SECS = 5.0
+# What a plan is made of.
+_PLANNED = ("global_batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps")
 
 
 class Runner:
@@ -80,6 +86,8 @@ class Runner:
         folder = self._search.folder_of(current.number)
         command = [*self._command, *(f"--{name}={value}" for name, value in options.items()), f"--model_dir={folder}"]
         prune = functools.partial(self._search.report, current)
+        verb = "goes on" if (folder / "config.json").exists() else "begins"
+        _log.info("trial %d %s: %s; its own log is %s", current.number, verb, self._changed(options), folder / trial.LOG)
         while True:
             grace_secs = self._search.config.grace_period + _END_SECS
             ending = trial.attempt(command, environment, folder, prune, self._stopping, grace_secs)
@@ -92,15 +100,18 @@ class Runner:
         console.say(self._line(current.number, options, ending))
         winner.update_report(self._search)
 
-    def _line(self, number: int, options: dict[str, Any], ending: Ending) -> str:
+    def _changed(self, options: dict[str, Any]) -> str:
         changed = [f"{name}={_short(value)}" for name, value in options.items() if value != getattr(self._search.config, name)]
+        return " ".join(changed) or "the defaults"
+
+    def _line(self, number: int, options: dict[str, Any], ending: Ending) -> str:
         accuracies = trial.validation_accuracies(self._search.folder_of(number) / "metrics.jsonl")
         values = accuracies if ending.value is None else [ending.value]
         known = f"{values[-1]:8.2%}" if values else "   --   "
         best = self._search.best()
         so_far = f"best {best.value:.2%} (trial {best.number})" if best else "none complete yet"
         reason = f": {ending.reason}" if ending.reason else ""
-        return f"trial {number:4d}  {known}  {ending.kind:8}  {so_far}  {' '.join(changed) or 'the defaults'}{reason}"
+        return f"trial {number:4d}  {known}  {ending.kind:8}  {so_far}  {self._changed(options)}{reason}"
 
 
 def _short(value: Any) -> str:
@@ -123,6 +134,35 @@ def task_of(arguments: Sequence[str], path: Path) -> tuple[Config, dict[str, Any
     searched = space.read(path, lambda values: task_flags.with_options({**options, **values}))
     trial.check_options(options, config, searched, path)
     return config, searched
+
+
+def check_plans(config: Config, searched: space.Space, num_examples: int, num_devices: int) -> None:
+    """Whether each choice of a space can be trained with by some trial, before any is started.
+
+    Args:
+        config: what is the same for all trials.
+        searched: the space.
+        num_examples: that trials train on.
+        num_devices: of a trial.
+
+    Raises:
+        RequestError: one cannot, or none of what is the same for all.
+    """
+    names = [name for name in _PLANNED if name in searched]
+    met: set[tuple[str, Any]] = set()
+    refused: dict[tuple[str, Any], RequestError] = {}
+    for values in itertools.product(*(space.ends(searched[name]) for name in names)):
+        choices = list(zip(names, values, strict=True))
+        try:
+            plan.make_plan(dataclasses.replace(config, **dict(choices)), num_examples, num_devices)
+        except RequestError as error:
+            if not choices:
+                raise
+            refused |= {choice: error for choice in choices if choice not in refused}
+        else:
+            met.update(choices)
+    if never := [error for choice, error in refused.items() if choice not in met]:
+        raise never[0]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -158,10 +198,13 @@ def main(positional: list[str]) -> None:
     folder = Path(flags.FLAGS.study_dir)
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period + 2 * _END_SECS)
-    sha256 = dataset.load_for(config).sha256
+    data = dataset.load_for(config)
+    train_set, _ = dataset.split_validation(data.train, config.validation_fraction)
+    gpus = cluster.visible_gpus(cluster.alone(0, flags.FLAGS.parallel))
+    check_plans(config, searched, len(train_set), 1 if config.strategy == "one_device" else config.num_devices or len(gpus) or 1)
     storage.prepare_folder(folder, "--study_dir")
     with storage.stop_when_full(f"--study_dir={folder}", lambda: "finished trials stay; the same command goes on"):
-        search = Search(folder, searched, config, sha256, flags.FLAGS.num_trials, flags.FLAGS.pruner)
+        search = Search(folder, searched, config, data.sha256, flags.FLAGS.num_trials, flags.FLAGS.pruner)
         Runner(search, positional, flags.FLAGS.max_retries, stop).run(flags.FLAGS.parallel)
         while not stop.name:
             if result := winner.result_of(search):

@@ -135,7 +135,7 @@ def test_two_processes_share_a_search_and_the_second_takes_over_what_the_first_l
     assert trials[number].user_attrs["restarts"] == 1
     lines = [re.findall(r"^trial +(\d+)  ", output, re.MULTILINE) for output in outputs]
     assert sorted(lines[0] + lines[1]) == ["0", "1", "2"]
-    ends = [[line for line in output.splitlines() if not line.startswith("trial ")] for output in outputs]
+    ends = [[line for line in output.splitlines() if not re.match("(trainer.tune: )?trial ", line)] for output in outputs]
     assert ends[0] == ends[1]
 
 
