@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments, checkpoints_in, lines_of
 
-from trainer import dataset, evaluate, job, storage
+from trainer import dataset, evaluate, job, locks, storage
 from trainer.agreement import Agreement
 from trainer.errors import DivergedError, RequestError, Stopped
 from trainer.export import weights_sha256
@@ -322,7 +322,7 @@ def test_profile_of_the_given_steps_is_written(run_here, tmp_path: Path) -> None
 def test_second_job_in_the_same_folder_is_refused(start_job, tmp_path: Path) -> None:
     first = tmp_path / "run"
     storage.prepare_folder(first)
-    with storage.exclusive(first, needed=True):
+    with locks.exclusive(first, needed=True):
         second = start_job(model_dir=first)
         assert second.wait() == 2
     assert "another job is writing there" in second.log.read_text()

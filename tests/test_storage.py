@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, arguments
 
-from trainer import cluster, storage
+from trainer import cluster, locks, storage
 from trainer.errors import RequestError, Stopped
 from trainer.metrics import JsonLines
 
@@ -118,20 +118,20 @@ def test_folder_that_cannot_be_seen_at_the_end_does_not_hide_how_the_job_ended(
     def stale(*_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    with pytest.raises(Stopped, match="the disk is full"), storage.exclusive(tmp_path, needed=True):  # noqa: PT012
+    with pytest.raises(Stopped, match="the disk is full"), locks.exclusive(tmp_path, needed=True):  # noqa: PT012
         monkeypatch.setattr(Path, "iterdir", stale)
         raise Stopped("the disk is full")
 
 
 def test_who_waits_for_a_folder_ends_when_asked_to(tmp_path: Path) -> None:
     looks = iter([False, True])
-    with storage.exclusive(tmp_path, needed=True):  # noqa: SIM117
+    with locks.exclusive(tmp_path, needed=True):  # noqa: SIM117
         with pytest.raises(Stopped, match=r"another job is writing there, still after [01] s"):
-            with storage.exclusive(tmp_path, needed=True, patience=100, stopped=lambda: next(looks)):
+            with locks.exclusive(tmp_path, needed=True, patience=100, stopped=lambda: next(looks)):
                 pytest.fail("there are two")
     looks = iter([False, True])
     with pytest.raises(Stopped, match=r"stopped before .* showed what worker 0 has written"):
-        storage.wait_for_token(tmp_path, "1", "worker 0", lambda: next(looks))
+        locks.wait_for_token(tmp_path, "1", "worker 0", lambda: next(looks))
 
 
 def test_reason_of_an_error_within_a_graph_is_what_is_wrong() -> None:
@@ -153,14 +153,14 @@ def _flag(job, name: str) -> str:
 def test_token_of_another_worker_is_found_in_the_same_folder_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_SHOWN_WITHIN_SECS", 0.2)
-    with storage.exclusive(tmp_path, needed=True):
-        storage.write_token(tmp_path, "abc")
-        storage.wait_for_token(tmp_path, "abc", "worker 0")
+    monkeypatch.setattr(locks, "_SHOWN_WITHIN_SECS", 0.2)
+    with locks.exclusive(tmp_path, needed=True):
+        locks.write_token(tmp_path, "abc")
+        locks.wait_for_token(tmp_path, "abc", "worker 0")
         with pytest.raises(RequestError, match="is not the folder that worker 0 writes to"):
-            storage.wait_for_token(tmp_path, "xyz", "worker 0")
+            locks.wait_for_token(tmp_path, "xyz", "worker 0")
         # The lock is still the file that is held.
-        with pytest.raises(RequestError, match="another job is writing there"), storage.exclusive(tmp_path, needed=True):
+        with pytest.raises(RequestError, match="another job is writing there"), locks.exclusive(tmp_path, needed=True):
             pass
 
 
@@ -173,10 +173,10 @@ def test_folder_that_a_lost_worker_still_holds_is_waited_for(tmp_path: Path) -> 
         assert holder.stdout
         holder.stdout.readline()
         with pytest.raises(Stopped, match=r"another job is writing there, still after [01] s"):
-            storage.exclusive(tmp_path, needed=True, patience=0.01).__enter__()
+            locks.exclusive(tmp_path, needed=True, patience=0.01).__enter__()
         release = threading.Timer(0.7, holder.stdin.close)
         release.start()
-        with storage.exclusive(tmp_path, needed=True, patience=60):
+        with locks.exclusive(tmp_path, needed=True, patience=60):
             assert release.finished.is_set(), "the holder has not been waited for"
         release.join()
 

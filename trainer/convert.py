@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import records, storage
+from trainer import locks, records, storage
 from trainer.collection import Collection
 from trainer.errors import RequestError
 from trainer.shards import NOTES, Request, Shard, goes_on, writers
@@ -186,7 +186,7 @@ def _begin(output: Path, fingerprint: str) -> bool:
     notes = output / NOTES
     before = storage.read_json(notes / "request.json")
     if before is None:
-        rest = [path.name for path in output.iterdir() if path.name not in (NOTES, storage.LOCK)]
+        rest = [path.name for path in output.iterdir() if path.name not in (NOTES, locks.LOCK)]
         if rest:
             raise RequestError(f"--output={output}: holds something else ({sorted(rest)[0]}): give an empty or a new folder")
         notes.mkdir(exist_ok=True)
@@ -203,7 +203,7 @@ def _take_back(output: Path) -> None:
     """Removes what a conversion that began here has written."""
     shutil.rmtree(output / NOTES)
     for path in output.iterdir():
-        if path.name != storage.LOCK:
+        if path.name != locks.LOCK:
             path.unlink()
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from absl import flags
 
-from trainer import cli, cluster, dataset, signals, storage
+from trainer import cli, cluster, dataset, locks, signals, storage
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, JobError
@@ -147,7 +147,7 @@ def _look_at_run(model_dir: Path, config: Config, data: dataset.Dataset, workers
 
     restarts = claim.check(model_dir, config, data.sha256, is_chief=workers.is_chief)
     if model_dir.exists():
-        with storage.exclusive(model_dir, needed=workers.is_chief):
+        with locks.exclusive(model_dir, needed=workers.is_chief):
             pass
     if claim.finished(model_dir):
         return f"the run in {model_dir} has finished: its result stands", restarts
@@ -162,7 +162,7 @@ def _look_at_peers(config: Config, data: dataset.Dataset, workers: Cluster, layo
     signals.listen(stop, lambda: config.grace_period)
     Path(config.model_dir).mkdir(parents=True, exist_ok=True)
     with (
-        storage.exclusive(Path(config.model_dir), needed=workers.is_chief),
+        locks.exclusive(Path(config.model_dir), needed=workers.is_chief),
         preflight.met(config, data.sha256, workers, layout, stop) as (_, watch),
     ):
         watch.end_together()

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer import claim, collectives, ranks, rendezvous, storage
+from trainer import claim, collectives, locks, ranks, rendezvous
 from trainer.config import Config
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
@@ -34,10 +34,10 @@ def met(config: Config, data_sha256: str, cluster: Cluster, layout: Layout, stop
     }
     token = secrets.token_hex(8)
     if cluster.is_chief and len(cluster.workers) > 1:
-        storage.write_token(model_dir, token)
+        locks.write_token(model_dir, token)
     peers = rendezvous.meet(cluster, identity, token, config.rendezvous_timeout, stop)
     abort = collectives.abort if peers else lambda _: None
     with Watch(peers, config.step_timeout, abort) as watch:
         if not cluster.is_chief:
-            storage.wait_for_token(model_dir, peers[0].token, peers[0].name, lambda: stop.name)
+            locks.wait_for_token(model_dir, peers[0].token, peers[0].name, lambda: stop.name)
         yield cluster, watch

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer import cli, dataset, formats, pictures, storage, synthetic
+from trainer import cli, dataset, formats, locks, pictures, storage, synthetic
 from trainer.collection import Collection
 from trainer.console import say, say_table
 from trainer.convert import convert, with_test_split
@@ -133,7 +133,7 @@ def main(positional: list[str]) -> None:
         raise RequestError(f"--output={output} is within --input={source}: give another folder")
     storage.prepare_folder(output, "--output")
     console = Console()
-    with storage.exclusive(output, needed=True, flag="--output"):
+    with locks.exclusive(output, needed=True, flag="--output"):
         total = sum(len(split) for split in collection.splits.values())
         with _progress(console, total) as done:
             content = convert(collection, output, request, values.num_processes or len(os.sched_getaffinity(0)), done)

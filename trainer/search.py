@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer import cluster, space, storage, trial
+from trainer import cluster, locks, space, storage, trial
 from trainer.config import Config
 from trainer.errors import JobError, RequestError
 from trainer.space import Space
@@ -103,7 +103,7 @@ class Search:
                 taken = self._take(held)
                 found = (taken, space.draw(taken, self.options)) if taken else None
             if taken:
-                with storage.exclusive(
+                with locks.exclusive(
                     self.folder_of(taken.number),
                     needed=True,
                     patience=max(cluster.lock_patience(), _PROCESS_ENDS_WITHIN_SECS),
@@ -133,7 +133,7 @@ class Search:
 
     def _hold(self, held: contextlib.ExitStack, number: int) -> bool:
         self.folder_of(number).mkdir(exist_ok=True)
-        return held.enter_context(storage.lock_file(self.folder_of(number) / ".search.lock"))
+        return held.enter_context(locks.lock_file(self.folder_of(number) / ".search.lock"))
 
     def _check_failures(self) -> None:
         failed = self._of(TrialState.FAIL)
@@ -191,7 +191,7 @@ class Search:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else takes a trial in the meantime."""
-        with storage.lock_file(self.folder / ".search.lock", wait=True):
+        with locks.lock_file(self.folder / ".search.lock", wait=True):
             yield
 
 

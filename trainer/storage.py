@@ -1,25 +1,19 @@
 """Files of a run that appear whole or not at all, and the checks of a folder before a job costs anything."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainer.errors import RequestError, Stopped
 
 # Three checkpoints, the best weights, the exports and the event files of the networks here, with room to spare.
 MIN_FREE_BYTES = 64 * 2**20
-# Longer than NFS clients cache the attributes of a folder (acdirmax, 60 s).
-_SHOWN_WITHIN_SECS = 70.0
-LOCK = ".lock"
 # What is known of a search of trainer.tune, in its folder.
 JOURNAL = "journal.log"
 
@@ -71,50 +65,6 @@ def export_of(model_dir: str) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(
-    folder: Path,
-    *,
-    needed: bool,
-    patience: float = 0,
-    flag: str = "--model_dir",
-    stopped: Callable[[], object] = lambda: False,
-) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go when the process ends, however it ends.
-
-    Args:
-        folder: what to hold.
-        needed: False for a process that writes nothing there.
-        patience: seconds to wait for another process to let go.
-        flag: the one that names the folder.
-        stopped: whether somebody has asked to end.
-
-    Raises:
-        RequestError: another process holds it.
-        Stopped: it still does so after the patience that was asked for, or somebody has asked to end.
-    """
-    if not needed:
-        yield
-        return
-    try:
-        opened = open(folder / LOCK, "a")  # noqa: SIM115
-    except OSError as error:
-        raise RequestError(f"{flag}={folder}: {LOCK} in it cannot be opened: {error.strerror}") from error
-    with opened as lock:
-        deadline = time.monotonic() + patience
-        while not _lock(lock):
-            if not patience:
-                raise RequestError(f"{flag}={folder}: another job is writing there")
-            if stopped() or time.monotonic() > deadline:
-                waited = patience - (deadline - time.monotonic())
-                raise Stopped(f"{flag}={folder}: another job is writing there, still after {waited:.0f} s")
-            time.sleep(0.5)
-        try:
-            yield
-        finally:
-            _remove_if_unused(folder, Path(lock.name))
-
-
-@contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Says in one line what of a user's data cannot be read.
 
@@ -125,37 +75,6 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RequestError(f"{error.filename or path}: cannot be read: {reason_of(error)}") from error
-
-
-@contextlib.contextmanager
-def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends.
-
-    Args:
-        path: the file; it is made if there is none.
-        wait: until another process lets go of it.
-    """
-    with open(path, "a") as file:
-        yield _lock(file, wait=wait)
-
-
-def _lock(file: IO[str], *, wait: bool = False) -> bool:
-    """Whether the file is this process's now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        # Otherwise a file system without locks: then nobody can be kept out.
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
-
-
-def _remove_if_unused(folder: Path, lock: Path) -> None:
-    """Takes a folder away in which a refused job has left nothing."""
-    # It may have been removed by somebody else, or the storage has failed: the job's end is another story.
-    with contextlib.suppress(OSError):
-        if list(folder.iterdir()) == [lock]:
-            lock.unlink()
-            folder.rmdir()
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -234,28 +153,6 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
             raise RequestError(f"{path}: cannot be read: {reason_of(error)}") from error
         return None
     return content if isinstance(content, dict) else None
-
-
-def write_token(folder: Path, token: str) -> None:
-    """Leaves a token in the folder, in the file that the chief holds, for `wait_for_token` on another worker."""
-    # In place: a renamed file would not be the one that is locked.
-    (folder / LOCK).write_text(json.dumps({"token": token}))
-
-
-def wait_for_token(folder: Path, token: str, writer: str, stopped: Callable[[], object] = lambda: False) -> None:
-    """Returns when the folder shows the token that another worker says it has left there; a network file system may be late.
-
-    Raises:
-        RequestError: it does not: the workers have different folders.
-        Stopped: somebody has asked to end.
-    """
-    deadline = time.monotonic() + _SHOWN_WITHIN_SECS
-    while (read_json(folder / LOCK) or {}).get("token") != token:
-        if stopped():
-            raise Stopped(f"stopped before --model_dir={folder} showed what {writer} has written there")
-        if time.monotonic() > deadline:
-            raise RequestError(f"--model_dir={folder} is not the folder that {writer} writes to: give one that all reach")
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

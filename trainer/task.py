@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from trainer import cli, cluster, console, dataset, signals, storage
+from trainer import cli, cluster, console, dataset, locks, signals, storage
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import Stopped
@@ -32,7 +32,7 @@ def main(positional: list[str]) -> None:
 
     try:
         patience = cluster.lock_patience()
-        with storage.exclusive(model_dir, needed=workers.is_chief, patience=patience, stopped=lambda: stop.name):
+        with locks.exclusive(model_dir, needed=workers.is_chief, patience=patience, stopped=lambda: stop.name):
             result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
         if cluster.launcher():

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer import console, evaluate, storage, trial
+from trainer import console, evaluate, locks, storage, trial
 from trainer.errors import JobError
 from trainer.search import Search
 
@@ -27,7 +27,7 @@ def result_of(search: Search) -> dict[str, Any] | None:
     # A search that was made longer afterwards has another result.
     if before and before["num_finished"] >= search.num_trials:
         return before
-    with storage.lock_file(search.folder / ".result.lock") as mine:
+    with locks.lock_file(search.folder / ".result.lock") as mine:
         if not mine:
             return None
         before = storage.read_json(path)
@@ -63,7 +63,7 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
         "command": command_of(search),
         "model_dir": str(folder),
     }
-    with storage.lock_file(search.folder / _REPORT_LOCK, wait=True):
+    with locks.lock_file(search.folder / _REPORT_LOCK, wait=True):
         _write_report(search, result)
         storage.write_json(search.folder / RESULT, result)
     return result
@@ -87,7 +87,7 @@ def command_of(search: Search) -> str:
 
 def update_report(search: Search) -> None:
     """Draws the report anew, unless another thread or process is at it, or has drawn the last one."""
-    with storage.lock_file(search.folder / _REPORT_LOCK) as mine:
+    with locks.lock_file(search.folder / _REPORT_LOCK) as mine:
         result = storage.read_json(search.folder / RESULT) or {"num_finished": 0}
         if mine and result["num_finished"] < search.num_trials:
             _write_report(search, None)
