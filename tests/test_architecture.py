@@ -59,8 +59,8 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
     """TensorFlow takes seconds: a wrong flag is told at once."""
     light = set(
         "task doctor prepare serve data_server flags config options presets cli cluster sources dataset collection formats "
-        "records idx pictures children convert shards synthetic errors storage locks signals console tune search space trial winner "
-        "evaluate folders plan".split()
+        "records idx pictures children convert shards synthetic errors storage signals console tune search space trial winner "
+        "evaluate folders plan locks".split()
     )
     for name in light:
         for node in MODULES[name].body:
