@@ -12,7 +12,7 @@ from trainer import presets, trial
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.options import read_yaml
-from trainer.plan import check_batch
+from trainer.plan import check_replicas
 
 
 def task_config(arguments: Sequence[str]) -> Config:
@@ -64,7 +64,7 @@ def check_topology(config: Config, num_workers: int, num_devices: int) -> None:
     """
     if num_workers > 1 and config.strategy in ("one_device", "mirrored"):
         raise RequestError(f"--strategy={config.strategy} with {num_workers} workers: each would train alone; leave it out")
-    check_batch(config, num_workers * (1 if config.strategy == "one_device" else num_devices))
+    check_replicas(config, num_workers * (1 if config.strategy == "one_device" else num_devices))
 
 
 def is_below(path: str, folders: Collection[str]) -> bool:

@@ -18,7 +18,7 @@ from absl import flags
 from launch import chaos, isolation
 from launch.arguments import check_topology, task_config
 from launch.supervisor import Job, Supervisor
-from trainer import cli, cluster, console, dataset, storage
+from trainer import cli, cluster, console, dataset, lookup, runs, storage
 from trainer import flags as task_flags
 from trainer.errors import EXIT_REQUEST, EXIT_STOPPED, RequestError
 
@@ -88,8 +88,11 @@ def main(task_arguments: list[str]) -> None:
     outside = config.data_service or next((path for path in (config.data_dir, model_dir) if "://" in path), "")
     if values.isolate and outside:
         raise RequestError(f"{outside} is out of reach of workers that are kept to this machine: add --noisolate before the `--`")
+    # What every worker would find out, at seconds each, is told by the launcher.
+    lookup.check_model(config)
     if "://" not in config.data_dir:
         dataset.find(config.data_dir)
+    runs.check(Path(model_dir), config, None, is_chief=True)
     if values.isolate and (reason := isolation.isolate()):
         _say(
             f"warning: other machines may reach the workers' ports, which have no authentication (no network namespace: {reason})"

@@ -26,6 +26,7 @@ from launch.workload import (
     num_workers,
     own,
     suspension,
+    volumes,
 )
 from trainer.config import Config
 from trainer.errors import RequestError
@@ -98,8 +99,13 @@ def _fill(objects: list[Object], workload: Object, request: Request) -> None:
     if preset_file(request.task) and any(re.match(r"--?preset\b", flag) for flags in request.trials for flag in flags):
         raise RequestError("--trials: a trial names a preset, and so does --preset=FILE of all of them: leave one of the two out")
     request = dataclasses.replace(request, task=tuple(without_files(request.task, _task_flags(workload))))
-    readable, _ = _volumes(objects)
-    config = pods_config(_task_flags(workload, request.task), readable)
+    readable, _ = volumes(objects)
+    try:
+        config = pods_config(_task_flags(workload, request.task), readable)
+    except RequestError as error:
+        if str(error).startswith("--data_service") and "data-service" in request.components:
+            raise RequestError("--components=data-service: give `-- --data_dir` with a prepared data set below /data") from error
+        raise
     container = main_container(workload)
     _set_resources(container, request)
     if request.workers is not None:
@@ -206,7 +212,7 @@ def _trial_flags(
     try:
         others = _task_flags(workload, task)
         flags = without_files(flags, others)
-        config = pods_config([*others, *flags], _volumes(objects)[0])
+        config = pods_config([*others, *flags], volumes(objects)[0])
         _check_fit(config, workload)
         _check_paths(config, objects, workload, flags)
         return flags
@@ -234,7 +240,7 @@ def _check_paths(config: Config, objects: list[Object], workload: Object, given:
     Raises:
         RequestError: one is not.
     """
-    readable, writable = _volumes(objects)
+    readable, writable = volumes(objects)
     for flag in ("model_dir", "data_dir"):
         path = getattr(config, flag)
         named = any(re.match(rf"--?{flag}\b", argument) for argument in given)
@@ -243,14 +249,6 @@ def _check_paths(config: Config, objects: list[Object], workload: Object, given:
         if named and path and "://" not in path and not is_below(path, writable if flag == "model_dir" else readable):
             kind = "no volume of the workers that can be written" if flag == "model_dir" else "no volume of the workers"
             raise RequestError(f"--{flag}={path} is on {kind}: expected a folder below /data")
-
-
-def _volumes(objects: list[Object]) -> tuple[set[str], set[str]]:
-    """Where volumes are mounted that outlive a pod: those that can be read, and those that can be written."""
-    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
-    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
-    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
-    return {mount["mountPath"] for mount in mounts}, writable
 
 
 def _rename(objects: list[Object], old: str, new: str) -> None:

@@ -95,3 +95,11 @@ def at(tree: Any, path: Sequence[str | int]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
+
+
+def volumes(objects: list[Object]) -> tuple[set[str], set[str]]:
+    """Where volumes are mounted that outlive a pod: those that can be read, and those that can be written."""
+    mounts = [mount for tree in manifests.walk(objects) for mount in tree.get("volumeMounts", ())]
+    mounts = [mount for mount in mounts if mount["mountPath"] not in ("/tmp", "/dev/shm")]
+    writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
+    return {mount["mountPath"] for mount in mounts}, writable

@@ -60,7 +60,7 @@ def test_commands_find_mistakes_before_they_import_tensorflow() -> None:
     light = set(
         "task doctor prepare serve data_server flags config options presets cli cluster sources dataset collection formats "
         "records idx pictures children convert shards synthetic errors storage signals console tune search space trial winner "
-        "evaluate folders plan locks".split()
+        "evaluate folders plan locks runs lookup".split()
     )
     for name in light:
         for node in MODULES[name].body:

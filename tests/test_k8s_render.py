@@ -260,6 +260,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"image": "example.com/UPPER:v1"}, "is no image"),
     ({"overlay": "multiworker"}, "--overlay=multiworker: expected one of"),
     ({"components": ("spott",)}, "--components=spott: expected some of"),
+    ({"components": ("data-service",)}, "--components=data-service: give `-- --data_dir` with a prepared data set below /data"),
     ({"components": ("storage-gcs",)}, "for buckets there is --storage"),
     ({"storage": "s3://under_score"}, "--storage=s3://under_score"),
     ({"storage": "s3://bucket-1", "task": ("--model_dir=/bucket/x",)}, "is on no volume of the workers that can be written"),

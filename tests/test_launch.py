@@ -1,5 +1,7 @@
 """The local launcher: what it starts, ends and starts again. Small shell commands stand for workers."""
 
+import dataclasses
+import json
 import os
 import random
 import re
@@ -22,6 +24,7 @@ from launch.progress import LostTime, last_step
 from launch.workers import Workers
 from trainer.errors import RequestError
 from trainer.ports import free_ports
+from trainer.presets import from_preset
 
 # Runs the supervisor on shell commands: argv is model_dir, max_restarts, chaos, workers, command.
 SUPERVISE = """
@@ -295,6 +298,8 @@ def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:
         (["--num_workers=3"], "--global_batch_size=256 does not divide by 3 replicas: use 255 or 258"),
         (["--devices_per_worker=3"], "--global_batch_size=256 does not divide by 6 replicas"),
         (["--", "--strategy=mirrored"], "--strategy=mirrored with 2 workers: each would train alone"),
+        (["--", "--jit_compile"], "XLA cannot compile synchronised batch normalisation over several replicas"),
+        (["--", "--model=none.such:build"], "there is no module none: run from the folder that holds it"),
         (["--", "--data_dir=/nowhere"], "/nowhere: there is no such file or folder"),
         (["--", "train"], "unexpected argument 'train'"),
         (["--nonsense"], "nonsense"),
@@ -309,6 +314,20 @@ def test_wrong_command_lines_are_one_line_and_exit_2(argv: list[str], words: str
     (line,) = done.stderr.splitlines()
     assert words in line
     assert line.startswith("launch.local: ")
+
+
+def test_folder_of_another_run_is_refused_before_any_worker_starts_and_stays_as_it_is(tmp_path: Path) -> None:
+    config = dataclasses.asdict(from_preset("fast", {"seed": 1, "precision": "float32"}))
+    (tmp_path / "config.json").write_text(json.dumps({"config": config, "restarts": 0, "starts": [{"step": 0}]}))
+    for options, words in (
+        (["--seed=2"], "another configuration: seed 1 -> 2: give"),
+        (["--seed=1", "--noresume"], "--noresume"),
+    ):
+        done = launch_local("--", "--preset=fast", f"--model_dir={tmp_path}", *options)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert words in line
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_more_gpus_than_there_are_are_refused() -> None:

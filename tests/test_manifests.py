@@ -376,7 +376,7 @@ def test_data_service_finds_itself_and_reaches_the_data() -> None:
     (may_reach,) = policy["ingress"][0]["from"][0]["podSelector"]["matchExpressions"]
     # The dispatcher itself gives data workers their tasks.
     assert set(may_reach["values"]) == {"worker", *reached["values"]}
-    with pytest.raises(RequestError, match="--data_service prepares records"):
+    with pytest.raises(RequestError, match="--components=data-service: give"):
         render(Request(components=("data-service",)))
     render(Request(components=("data-service",), task=("--data_dir=/data/digits",)))
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer import lookup
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.tracing import graph
@@ -48,7 +49,7 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     Raises:
         RequestError: there is no such function, it fails, or what it makes cannot be trained.
     """
-    function = _find(config.model)
+    function = _find(config)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
@@ -128,16 +129,12 @@ def _refuse_probabilities(name: str, values: np.ndarray) -> None:
         raise RequestError(f"--model={name}: gives probabilities; expected logits: leave the softmax out, the export adds it")
 
 
-def _find(name: str) -> _Function:
+def _find(config: Config) -> _Function:
+    lookup.check_model(config)
+    name = config.model
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise RequestError(
-                f"--model={name}: there is no module {error.name}: run from the folder that holds it, or add that to PYTHONPATH"
-            ) from error
-        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
         raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     function = getattr(module, function_name, None)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from absl import flags
 
-from trainer import cli, cluster, dataset, locks, signals, storage
+from trainer import cli, cluster, dataset, locks, runs, signals, storage
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_REQUEST, JobError
@@ -57,11 +57,11 @@ def examine(config: Config, report: Report) -> None:
     model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
     data = report.check("data", lambda: _look_at_data(config))
     with cli.quiet_start():
-        from trainer import claim, machine
+        from trainer import machine
         from trainer.topology import choose_layout, configure_tensorflow
 
     configure_tensorflow(config)
-    config = machine.with_precision(config, claim.precision(model_dir) if model_dir else None)
+    config = machine.with_precision(config, runs.precision(model_dir) if model_dir else None)
     for finding in machine.inspect(config, len(cluster.visible_gpus())):
         report.add(**dataclasses.asdict(finding))
     if workers is None or data is None:
@@ -149,7 +149,7 @@ def _look_at_run(model_dir: Path, config: Config, data: dataset.Dataset, workers
     if model_dir.exists():
         with locks.exclusive(model_dir, needed=workers.is_chief):
             pass
-    if claim.finished(model_dir):
+    if runs.finished(model_dir):
         return f"the run in {model_dir} has finished: its result stands", restarts
     return f"goes on with the run in {model_dir}" if restarts else f"{model_dir} holds no run yet", restarts
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, custom, exchange, loading, machine, pipeline, precise_bn, preflight, service, steps, storage
+from trainer import claim, custom, exchange, loading, machine, pipeline, precise_bn, preflight, runs, service, steps, storage
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import WRITE_ERRORS, Checkpoints, Progress
@@ -63,7 +63,7 @@ def run(
     model_dir = Path(config.model_dir)
     configure_tensorflow(config)
     dataset = loading.without_damage(config, dataset)
-    config = machine.with_precision(config, claim.precision(model_dir))
+    config = machine.with_precision(config, runs.precision(model_dir))
     restarts = claim.check(model_dir, config, dataset.sha256, is_chief=cluster.is_chief)
     if result := claim.result_that_stands(model_dir, config):
         return result

@@ -114,6 +114,8 @@ def read_yaml(flag: str, path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_bytes(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise RequestError(f"--{flag}={path}: cannot be read: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise RequestError(f"--{flag}={path}: expected names of options, each with a colon and what it is to be")

@@ -52,12 +52,17 @@ class Plan:
         )
 
 
-def check_batch(config: Config, num_replicas: int) -> None:
-    """Whether the global batch can be divided: what is known of a plan before the data is.
+def check_replicas(config: Config, num_replicas: int) -> None:
+    """Whether so many replicas can train: what is known before the data is.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: the global batch does not divide, or XLA cannot compile what is asked for.
     """
+    if config.jit_compile and config.sync_batch_norm and config.model != "cnn" and num_replicas > 1:
+        raise RequestError(
+            "--jit_compile: XLA cannot compile synchronised batch normalisation over several replicas (tf.distribute's "
+            "merge_call fails inside a nested function): add --nosync_batch_norm"
+        )
     batch, parts = config.global_batch_size, num_replicas * config.gradient_accumulation_steps
     if batch % parts:
         lower = batch // parts * parts
@@ -70,13 +75,13 @@ def make_plan(config: Config, num_examples: int, num_replicas: int) -> Plan:
     """The plan of a job.
 
     Raises:
-        RequestError: the global batch does not divide, or is larger than the training set; or training ends within the
+        RequestError: as `check_replicas`; the global batch is larger than the training set; or training ends within the
             warm-up, or before the steps that are to be profiled.
     """
     batch = config.global_batch_size
     if num_replicas > num_examples:
         raise RequestError(f"{num_replicas} replicas are more than the {num_examples} training examples: use fewer")
-    check_batch(config, num_replicas)
+    check_replicas(config, num_replicas)
     if batch > num_examples:
         raise RequestError(f"--global_batch_size={batch} is more than the {num_examples} training examples: give no more")
     steps = math.ceil(Fraction(str(config.epochs)) * num_examples / batch)

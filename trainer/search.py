@@ -24,6 +24,7 @@ from trainer.space import Space
 
 PRUNERS = ("median", "halving", "none")
 _IDENTITY = "identity"
+_SPACE_OF = "space of "
 # A killed search's trials end with it, but not in the same instant.
 _PROCESS_ENDS_WITHIN_SECS = 30.0
 # So many failures more than successes, and the next trial would not be the first to succeed.
@@ -67,7 +68,11 @@ class Search:
 
     def _identify(self, data_sha256: str) -> None:
         varied = {name: values for name, values in self.config.result_fields().items() if name not in self.options}
-        identity = {**varied, "data_sha256": data_sha256, **{f"space of {k}": v for k, v in space.as_json(self.options).items()}}
+        identity = {
+            **varied,
+            "data_sha256": data_sha256,
+            **{f"{_SPACE_OF}{k}": v for k, v in space.as_json(self.options).items()},
+        }
         before = self.study.user_attrs.get(_IDENTITY)
         if before is None:
             self._enqueue_defaults()
@@ -75,7 +80,9 @@ class Search:
             return
         names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
         if names:
-            changed = "; ".join(f"{name} {before.get(name)} -> {identity.get(name)}" for name in names)
+            # What one of two spaces searches is in the other a value, or the default.
+            names = [name for name in names if f"{_SPACE_OF}{name}" not in names]
+            changed = "; ".join(f"{name} {_words(before.get(name))} -> {_words(identity.get(name))}" for name in names)
             raise RequestError(f"--study_dir={self.folder} holds another search: {changed}: give another folder")
 
     def _enqueue_defaults(self) -> None:
@@ -218,6 +225,16 @@ class _JournalLock(JournalFileOpenLock):
     def release(self) -> None:
         if self._file:
             self._file.close()
+
+
+def _words(value: Any) -> str:
+    """Of what makes a search: the value of an option, or its space."""
+    if not isinstance(value, dict):
+        return "none" if value is None else str(value)
+    if "choices" in value:
+        return str(list(value["choices"]))
+    step = f" in steps of {value['step']}" if value.get("step") else ""
+    return f"{value['low']} to {value['high']}{step}{', log' if value.get('log') else ''}"
 
 
 def _make_pruner(name: str) -> optuna.pruners.BasePruner:

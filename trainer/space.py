@@ -74,6 +74,11 @@ def _distribution(field: dataclasses.Field, given: Any) -> BaseDistribution:
     if not {"low", "high"} <= set(given) <= {"low", "high", "log", "step"} or not isinstance(given.get("log", False), bool):
         raise RequestError(wanted)
     numbers = {name: typed(field, value) for name, value in given.items() if name != "log"}
+    low, high = numbers["low"], numbers["high"]
+    if low > high:
+        raise RequestError(f"{field.name}: low is {low}, above high, {high}")
+    if given.get("log") and low <= 0:
+        raise RequestError(f"{field.name}: log: true needs a low above 0")
     kind = FloatDistribution if isinstance(field.default, float) else IntDistribution
     try:
         with warnings.catch_warnings():

@@ -122,8 +122,7 @@ def choose_layout(config: Config, cluster: Cluster) -> Layout:
     """What the strategy will be, without starting it.
 
     Raises:
-        RequestError: strategy, cluster and devices contradict each other, XLA cannot compile what is asked for, or workers
-            cannot be heard of as often.
+        RequestError: strategy, cluster and devices contradict each other, or workers cannot be heard of as often.
     """
     num_gpus = len(tf.config.list_physical_devices("GPU"))
     name, reason = choose_strategy(config, cluster, num_gpus)
@@ -138,11 +137,6 @@ def choose_layout(config: Config, cluster: Cluster) -> Layout:
         raise RequestError(
             f"--step_timeout={config.step_timeout:g}: several workers tell each other every second that they are alive: give at "
             f"least {_LEAST_STEP_TIMEOUT_SECS}, or 0 for never"
-        )
-    if config.jit_compile and config.sync_batch_norm and config.model != "cnn" and layout.num_replicas > 1:
-        raise RequestError(
-            "--jit_compile: XLA cannot compile synchronised batch normalisation over several replicas (tf.distribute's "
-            "merge_call fails inside a nested function): add --nosync_batch_norm"
         )
     return layout
 

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 from absl import flags
 
-from trainer import cli, cluster, console, dataset, plan, signals, space, storage, trial, winner
+from trainer import cli, cluster, console, dataset, lookup, plan, signals, space, storage, trial, winner
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import RequestError, Stopped
@@ -131,7 +131,14 @@ def task_of(arguments: Sequence[str], path: Path) -> tuple[Config, dict[str, Any
     options = task_flags.task_options(arguments, flags.FLAGS)
     config = task_flags.with_options(options)
     trial.check_options(options, config, {}, path)
-    searched = space.read(path, lambda values: task_flags.with_options({**options, **values}))
+
+    def config_with(values: dict[str, Any]) -> Config:
+        trials = task_flags.with_options({**options, **values})
+        lookup.check_model(trials)
+        return trials
+
+    lookup.check_model(config)
+    searched = space.read(path, config_with)
     trial.check_options(options, config, searched, path)
     return config, searched
 
@@ -183,7 +190,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "median",
         PRUNERS,
         "What ends trials early. median: worse than half of the others at the same epoch. halving: not among the best third "
-        "after 1, 3, 9, ... epochs. none: nothing.",
+        "after 1, 3, 9, ... epochs. none: nothing. It may be another one when a search goes on.",
         **own,
     )
     flags.DEFINE_integer("max_retries", 2, "Starts of a trial that dies, after the first.", lower_bound=0, **own)
