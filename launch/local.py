@@ -89,7 +89,8 @@ def main(task_arguments: list[str]) -> None:
     if values.isolate and outside:
         raise RequestError(f"{outside} is out of reach of workers that are kept to this machine: add --noisolate before the `--`")
     # What every worker would find out, at seconds each, is told by the launcher.
-    lookup.check_model(config)
+    if not runs.finished(Path(model_dir)):
+        lookup.check_model(config)
     if "://" not in config.data_dir:
         dataset.find(config.data_dir)
     runs.check(Path(model_dir), config, None, is_chief=True)

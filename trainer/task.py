@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from trainer import cli, cluster, console, dataset, locks, signals, storage
+from trainer import cli, cluster, console, dataset, locks, lookup, runs, signals, storage
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import Stopped
@@ -24,6 +24,8 @@ def main(positional: list[str]) -> None:
     cluster.take_own_gpus(workers)
     config = task_flags.with_model_dir(config, len(workers.workers))
     model_dir = Path(config.model_dir)
+    if not runs.finished(model_dir):
+        lookup.check_model(config)
     data = dataset.load_for(config)
     storage.prepare_folder(model_dir)
     # Only now: it takes seconds, and what is wrong with flags, data or storage has been told by then.
