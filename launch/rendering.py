@@ -206,18 +206,18 @@ def _set_trials(objects: list[Object], workload: Object, request: Request) -> No
 
 
 def _trial_flags(
-    number: int, flags: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]
+    number: int, given: Sequence[str], objects: list[Object], workload: Object, task: Sequence[str]
 ) -> Sequence[str]:
     """A trial's own flags, checked."""
     try:
         others = _task_flags(workload, task)
-        flags = without_files(flags, others)
+        flags = without_files(given, others)
         config = pods_config([*others, *flags], volumes(objects)[0])
         _check_fit(config, workload)
         _check_paths(config, objects, workload, flags)
         return flags
     except RequestError as error:
-        raise RequestError(f"--trials: trial {number}: {error}") from error
+        raise RequestError(f"--trials: trial {number} ({' '.join(given)}): {error}") from error
 
 
 def _check_fit(config: Config, workload: Object) -> None:

@@ -83,6 +83,7 @@ def test_folder_of_a_search_is_no_runs_and_that_of_a_run_no_searchs(run_here, st
     Search(study, searched, config, "", 1, "none")
     for folder, use in (
         (study, lambda: run_here(model_dir=str(study))),
+        (study, lambda: run_here(model_dir=str(study / "trials"))),
         (stopped_late, lambda: Search(stopped_late, searched, config, "", 1, "none")),
     ):
         before = sorted(folder.rglob("*"))

@@ -270,8 +270,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"overlay": "tensorboard", "task": ("--epochs=3",)}, "there is nothing that flags behind `--` could be said of"),
     ({"image": "REGISTRY/digitfleet:1-gpu"}, "REGISTRY stands for the registry that your cluster's nodes pull from"),
     ({"cpus_per_worker": "1e99999999"}, "expected a quantity"),
-    ({"overlay": "sweep", "trials": (("--model_dir=/data/runs/all",),)}, "trial 0: --model_dir: each trial"),
-    ({"overlay": "sweep", "trials": (("--data_dir=/nowhere",),)}, "trial 0: --data_dir=/nowhere is on no volume"),
+    ({"overlay": "sweep", "trials": (("--model_dir=/data/runs/all",),)}, ": --model_dir: each trial"),
+    ({"overlay": "sweep", "trials": (("--data_dir=/nowhere",),)}, "): --data_dir=/nowhere is on no volume"),
     ({"storage": "ftp://x"}, "--storage=ftp://x"),
     ({"storage": "s3://a..b"}, "--storage=s3://a..b"),
     ({"storage": "gs://bucket-1", "overlay": "tune"}, "share files with locks: name a claim, or take --workers=1"),
@@ -292,7 +292,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--model_dir=runs/x",)}, "--model_dir=runs/x is on no volume"),
     ({"task": ("--data_dir=/bucket/mnist",)}, "--data_dir=/bucket/mnist is on no volume"),
     ({"trials": (("--seed=1",),)}, "is no sweep"),
-    ({"overlay": "sweep", "trials": (("--seed=1",), ("--sed=1",))}, "trial 1: "),
+    ({"overlay": "sweep", "trials": (("--seed=1",), ("--sed=1",))}, "trial 1 (--sed=1): "),
 ]  # fmt: skip
 
 

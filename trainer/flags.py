@@ -73,7 +73,11 @@ def parse(
             raise RequestError(f"--{name} {of_others}") from error
         # absl lets a ValueError through where a negated flag has a value (--noresume=1).
         text = _without_python(flag_values, error) or (": ".join(map(str, error.args)) or str(error)).removeprefix("ERROR:: ")
-        raise RequestError(f"{' '.join(text.split())}; see {program and f'python -m {program} '}--helpfull") from error
+        raise RequestError(f"{' '.join(text.split())}; see {_help_of(program)}") from error
+
+
+def _help_of(program: str) -> str:
+    return f"python -m {program} --helpfull" if program else "--helpfull"
 
 
 def _without_python(flag_values: flags.FlagValues, error: Exception) -> str:
@@ -125,13 +129,14 @@ def task_options(arguments: Sequence[str], own: flags.FlagValues) -> dict[str, A
         values[flag.name] = flag
     launchers = set(own) - {flag.name for flag in by_module.get(app.__name__, ())}
     elsewhere = "is no flag of trainer.task, whose flags follow the `--`: give it before"
-    return _given(values, parse(values, ["trainer.task", *arguments], launchers, elsewhere, "trainer.task")[1:])
+    program = "trainer.task"
+    return _given(values, parse(values, [program, *arguments], launchers, elsewhere, program)[1:], program)
 
 
-def _given(flag_values: flags.FlagValues, positional: Sequence[str]) -> dict[str, Any]:
+def _given(flag_values: flags.FlagValues, positional: Sequence[str], program: str = "") -> dict[str, Any]:
     if positional:
         reason = "no flag is read behind a `--` of its own" if positional[0].startswith("-") else "every option is a flag"
-        raise RequestError(f"unexpected argument {positional[0]!r}: {reason}, see --helpfull")
+        raise RequestError(f"unexpected argument {positional[0]!r}: {reason}, see {_help_of(program)}")
     values = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -35,7 +35,8 @@ def check(model_dir: Path, config: Config, data_sha256: str | None, *, is_chief:
             raise RequestError(f"--model_dir={model_dir} has checkpoints without a readable config.json: give another folder")
         if (model_dir / CONFIG).exists():
             raise RequestError(f"--model_dir={model_dir} has a config.json that is no run's: give another folder")
-        if (model_dir / storage.JOURNAL).exists():
+        # Or is its folder of trials, each of which has one of its own.
+        if (model_dir / storage.JOURNAL).exists() or (model_dir.parent / storage.JOURNAL).exists():
             raise RequestError(f"--model_dir={model_dir} holds a search of trainer.tune: give another folder")
         return None
     begun = _has_begun(before)
