@@ -92,6 +92,9 @@ def test_default_space_holds_the_default_configuration() -> None:
         ("warmup_steps: [1, 900]", "--warmup_steps=900: training ends at step 6"),
         # With the other number of epochs it is no mistake.
         ("global_batch_size: [255]\nwarmup_steps: [1, 100]\nepochs: [1.5, 100]", ""),
+        # Nor is XLA without synchronised statistics.
+        ("jit_compile: [true]\nsync_batch_norm: [false]", ""),
+        ("jit_compile: [true, false]", "--jit_compile: XLA cannot compile synchronised batch normalisation"),
     ],
 )
 def test_choice_that_no_trial_could_have_is_refused_before_any_starts(text: str, message: str, tmp_path: Path) -> None:

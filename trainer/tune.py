@@ -30,8 +30,17 @@ _log = logging.getLogger("digitfleet")
 _LOOK_EVERY_SECS = 0.5
 # What a trial needs to end after its grace period, and this process after it.
 _END_SECS = 5.0
-# What a plan is made of.
-_PLANNED = ("global_batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps")
+# What `plan.make_plan` asks for, and a space may vary.
+_PLANNED = (
+    "global_batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "warmup_steps",
+    "max_steps",
+    "jit_compile",
+    "sync_batch_norm",
+    "model",
+)
 
 
 class Runner:
