@@ -103,7 +103,7 @@ def _trials(path: str) -> tuple[tuple[str, ...], ...]:
     if not path:
         return ()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise RequestError(f"--trials={path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

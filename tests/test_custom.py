@@ -13,7 +13,7 @@ from own_networks import END, START, TELLS
 from test_steps import train
 
 from examples import resnet
-from trainer import custom
+from trainer import custom, lookup
 from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.layers import training_on
@@ -119,6 +119,22 @@ def test_examples_network_has_the_published_shape() -> None:
     assert len([layer for layer in convolutions if layer.kernel_size == (3, 3)]) == 7
     assert len([layer for layer in convolutions if layer.kernel_size == (1, 1)]) == 2
     assert len([layer for layer in model.layers if isinstance(layer, keras.layers.Add)]) == 3
+
+
+@pytest.mark.parametrize("init", [None, "", "import os\n__path__.append(os.path.join(__path__[0], 'other'))\n"])
+def test_networks_place_is_pythons_to_say(init: str | None, module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without `__init__.py` within another, a package, and one that looks elsewhere."""
+    module("")
+    folder = tmp_path / "nets" / ("other" if init else "deep")
+    folder.mkdir(parents=True)
+    (folder / "mine.py").write_text(START + END)
+    if init is not None:
+        (tmp_path / "nets" / "__init__.py").write_text(init)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+        monkeypatch.delitem(sys.modules, name)
+    named = from_preset("default", {"model": f"nets.{'' if init else 'deep.'}mine:build"})
+    lookup.check_model(named)
+    assert inference_model(named, SHAPE, 10).output_shape == (None, 10)
 
 
 def test_job_with_a_wrong_model_ends_with_2_and_leaves_nothing(module, tiny_data: Path, tmp_path: Path) -> None:

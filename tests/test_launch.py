@@ -323,11 +323,13 @@ def test_folder_of_another_run_is_refused_before_any_worker_starts_and_stays_as_
         (["--seed=2"], "another configuration: seed 1 -> 2: give"),
         (["--seed=1", "--noresume"], "--noresume"),
     ):
-        done = launch_local("--", "--preset=fast", f"--model_dir={tmp_path}", *options)
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
-        assert words in line
-        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+        for program in (["launch.local", "--"], ["trainer.task"]):
+            command = [sys.executable, "-m", *program, "--preset=fast", f"--model_dir={tmp_path}", *options]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 2
+            (line,) = done.stderr.splitlines()
+            assert words in line
+            assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_more_gpus_than_there_are_are_refused() -> None:

@@ -35,7 +35,6 @@ WRONG_SPACES = {
     "{}": "names no option",
     "a: [": "cannot be read: line 1: expected the node content",
     "model: [cnn, none.such:build]": "there is no module none: run from the folder that holds it",
-    "model: [trainer.none:build]": "there is no module trainer.none",
     "learning_rate: [0.1]\nepochs: [1]\nlearning_rate: [0.2]": "learning_rate stands there twice",
     "learning_rate: [1, 0.1, 1.0]": "learning_rate: 1.0 stands there twice",
 }

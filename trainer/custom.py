@@ -49,7 +49,7 @@ def build(config: Config, input_shape: tuple[int, int, int], num_classes: int, d
     Raises:
         RequestError: there is no such function, it fails, or what it makes cannot be trained.
     """
-    function = _find(config)
+    function = _find(config.model)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
@@ -81,7 +81,8 @@ def version(name: str) -> str:
         found = importlib.util.find_spec(name.partition(":")[0])
     except (Exception, SystemExit):  # Whatever a user's code may raise: told when the network is made.
         return ""
-    if not (found and found.has_location and found.origin):
+    # It may be in a .zip.
+    if not (found and found.has_location and found.origin and Path(found.origin).is_file()):
         return ""
     return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
 
@@ -129,12 +130,14 @@ def _refuse_probabilities(name: str, values: np.ndarray) -> None:
         raise RequestError(f"--model={name}: gives probabilities; expected logits: leave the softmax out, the export adds it")
 
 
-def _find(config: Config) -> _Function:
-    lookup.check_model(config)
-    name = config.model
+def _find(name: str) -> _Function:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise lookup.missing(name, error.name) from error
+        raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     except (Exception, SystemExit) as error:  # Whatever a user's code may raise.
         raise RequestError(f"--model={name}: {_what_happened(error)}") from error
     function = getattr(module, function_name, None)

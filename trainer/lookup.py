@@ -1,38 +1,33 @@
 """Whether there is the module of a user's network, found without loading anything of it."""
 
-import importlib
-import sys
-from collections.abc import Sequence
+import importlib.util
 
 from trainer.config import Config
 from trainer.errors import RequestError
 
 
 def check_model(config: Config) -> None:
-    """Whether there is the module that `--model` names, if it names one.
+    """Whether there is the module or the package that `--model` names, if it names one.
+
+    What is within a package only the package knows: it may look elsewhere, or make its modules.
 
     Raises:
         RequestError: there is none.
     """
+    name = config.model.partition(":")[0].partition(".")[0]
     if not config.is_custom_model:
         return
-    importlib.invalidate_caches()
-    name, places = "", None
-    for part in config.model.partition(":")[0].split("."):
-        name = f"{name}.{part}".removeprefix(".")
-        places = _places(name, places)
-        if places is None:
-            raise RequestError(
-                f"--model={config.model}: there is no module {name}: run from the folder that holds it, or add that to PYTHONPATH"
-            )
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:
+        # Of one that is loaded, by other ways than an import.
+        return
+    if not found:
+        raise missing(config.model, name)
 
 
-def _places(name: str, within: Sequence[str] | None) -> Sequence[str] | None:
-    """Where submodules of a module are, none of a plain one; None if there is no such module.
-
-    As `importlib.util.find_spec`, which would run the packages around it.
-    """
-    for finder in sys.meta_path:
-        if found := finder.find_spec(name, within):
-            return found.submodule_search_locations or ()
-    return None
+def missing(model: str, module: str) -> RequestError:
+    """The error of a module that is not there."""
+    return RequestError(
+        f"--model={model}: there is no module {module}: run from the folder that holds it, or add that to PYTHONPATH"
+    )

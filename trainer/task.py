@@ -24,6 +24,8 @@ def main(positional: list[str]) -> None:
     cluster.take_own_gpus(workers)
     config = task_flags.with_model_dir(config, len(workers.workers))
     model_dir = Path(config.model_dir)
+    # Before anything is written there.
+    runs.check(model_dir, config, None, is_chief=workers.is_chief)
     if not runs.finished(model_dir):
         lookup.check_model(config)
     data = dataset.load_for(config)
