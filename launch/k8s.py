@@ -195,8 +195,8 @@ def _print_status(report: status.Status) -> None:
         cli.show(drawn.get().rstrip("\n"))
     if report.progress:
         progress = report.progress
-        speed = f"{progress['images_per_second']:.0f} images/s" if progress["images_per_second"] else "compiling"
-        cli.show(f"step {progress['step']:.0f}  epoch {progress['epoch']:.2f}  {speed}  {progress['seconds_left']:.0f} s left")
+        speed = "{images_per_second:.0f} images/s  {seconds_left:.0f} s left" if progress["images_per_second"] else "compiling"
+        cli.show(f"step {progress['step']:.0f}  epoch {progress['epoch']:.2f}  {speed.format(**progress)}")
     if report.result:
         cli.show(report.result)
 

@@ -19,8 +19,8 @@ _FAILED = ("Failed", "FailureTarget")
 _INDEX_LABELS = ("batch.kubernetes.io/job-completion-index", "training.kubeflow.org/replica-index")
 # A line that trainer.task prints while it trains; trainer/console.py.
 _PROGRESS = re.compile(
-    r"step +(?P<step>\d+)  epoch +(?P<epoch>[\d.]+)  train +.*?  (?:(?P<images_per_second>\d+) images/s|compiling)  "
-    r"(?P<seconds_left>\d+) s left"
+    r"step +(?P<step>\d+)  epoch +(?P<epoch>[\d.]+)  train +.*?  "
+    r"(?:compiling|(?P<images_per_second>\d+) images/s  (?P<seconds_left>\d+) s left)"
 )
 
 
@@ -58,7 +58,8 @@ class Status:
         done: that have ended well.
         restarts: of all workers together, where the kind of job has that.
         workers: those that have a pod.
-        progress: step, epoch, images_per_second and seconds_left as the chief has last printed them; of a sweep, empty.
+        progress: step, epoch, images_per_second and seconds_left as the chief has last printed them, the latter two None while
+            it compiles; of a sweep, empty.
         result: the chief's line with the test accuracy; empty before the end.
     """
 

@@ -30,6 +30,10 @@ def test_status_of_a_job_that_trains(job: Bench) -> None:
     text = job.works("status", "--name=digits")
     assert "digits: Job, running, 2 of 2 workers running" in text
     assert "step 1200  epoch 5.69  5521 images/s  89 s left" in text
+    line = "step     50  epoch  0.24  train       loss 2.3023  accuracy 9.87%  compiling\n"
+    (job.folder / "logs" / "digits-0-new").write_text(line)
+    assert report(job)["progress"] == {"step": 50, "epoch": 0.24, "images_per_second": None, "seconds_left": None}
+    assert "step 50  epoch 0.24  compiling" in job.works("status", "--name=digits").splitlines()
 
 
 def unscheduled(message: str) -> dict:

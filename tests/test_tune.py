@@ -237,6 +237,20 @@ def test_search_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path) -> N
     assert whole[0] == 0.01
 
 
+def test_search_of_few_choices_tries_each_once(tmp_path: Path) -> None:
+    text = "optimizer: [adam, sgd]\nl2: [0.0, 1.0e-4]\nglobal_batch_size: {low: 128, high: 192, step: 32}\n"
+    config, searched = tune.task_of(FLAGS, space_file(tmp_path, text))
+    assert space.size(searched) == 12
+    search = Search(tmp_path, searched, config, "sha", 14, "median")
+    drawn = []
+    for _ in range(14):
+        with search.next_trial() as (current, options):
+            drawn.append(tuple(options.values()))
+        search.tell(current, trial.Ending("failed" if len(drawn) == 5 else "complete", 0.9))
+    first = drawn[:4] + drawn[5:13]
+    assert len(set(first)) == 12, "the one that failed is tried again"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -17,7 +17,7 @@ import tensorflow as tf
 from conftest import ROOT, TINY, arguments, lines_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from trainer import figures, loading, pages, pipeline, predictions, storage
+from trainer import console, figures, loading, pages, pipeline, predictions, storage
 from trainer.dashboard import Dashboard
 from trainer.endpoint import Endpoint
 from trainer.errors import RequestError, Stopped
@@ -222,6 +222,17 @@ def test_output_that_nobody_can_read_stops_no_job(tmp_path: Path, tiny_data: Pat
 def test_program_without_stdout_and_stderr_keeps_its_exit_code() -> None:
     command = shlex.join([sys.executable, "-m", "trainer.predict", "--model_dir=none", "nothing.png"])
     assert subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=ROOT).returncode == 2
+
+
+def test_time_left_is_told_without_what_compiling_took(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    clock = Mock(return_value=0.0)
+    monkeypatch.setattr(console.time, "monotonic", clock)
+    writer = console.ConsoleWriter(1000, 0)
+    for clock.return_value, step, speed in (30.0, 50, None), (50.0, 150, 1280.0):
+        writer.write({"step": step, "epoch": 1, "split": "train", "loss": 1, "accuracy": 1, "images_per_second": speed})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  compiling")
+    assert second.endswith("  1280 images/s  170 s left")
 
 
 def test_end_at_once_gives_the_terminal_its_cursor_back() -> None:

@@ -68,12 +68,17 @@ class ConsoleWriter:
         if record["split"] != "train":
             self._print(line)
             return
-        speed = f"{record['images_per_second']:.0f} images/s" if record.get("images_per_second") else "compiling"
+        # The call that compiles says nothing about the speed of later ones.
+        compiling = not record.get("images_per_second")
+        if compiling:
+            self._started, self._first = time.monotonic(), record["step"]
+        speed = "compiling" if compiling else f"{record['images_per_second']:.0f} images/s"
         if self._progress:
             self._progress.update(self._task, completed=record["step"], description=f"{_scores(record)}  {speed}")
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECS or record["step"] == self._total:
             self._last_line = time.monotonic()
-            self._print(f"{line}  {speed}  {self._seconds_left(record['step']):.0f} s left")
+            left = "" if compiling else f"  {self._seconds_left(record['step']):.0f} s left"
+            self._print(f"{line}  {speed}{left}")
 
     def close(self) -> None:
         """Takes the bar away."""

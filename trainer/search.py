@@ -29,6 +29,8 @@ _SPACE_OF = "space of "
 _PROCESS_ENDS_WITHIN_SECS = 30.0
 # So many failures more than successes, and the next trial would not be the first to succeed.
 _MOST_FAILURES = 3
+# For a trial that is not like any before: by the sampler, and then by chance.
+_MOST_GUIDED_DRAWS, _MOST_DRAWS = 10, 500
 
 
 class Search:
@@ -122,11 +124,6 @@ class Search:
     def _take(self, held: contextlib.ExitStack) -> optuna.Trial | None:
         trials = self.study.get_trials(deepcopy=False)
         started = [known for known in trials if known.state != TrialState.WAITING]
-        # By number: a search that is resumed draws what it would have drawn.
-        sequence = np.random.SeedSequence([self.config.seed, len(started)])
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=int(sequence.generate_state(1)[0]), multivariate=True, constant_liar=True
-        )
         running = [known for known in started if known.state == TrialState.RUNNING]
         for known in running:
             if self._hold(held, known.number):
@@ -135,8 +132,33 @@ class Search:
         self._check_failures()
         if self.finished + len(running) >= self.num_trials:
             return None
+        if len(trials) == len(started):
+            self.study.enqueue_trial(self._draw(started))
         new = self.study.ask()
         return new if self._hold(held, new.number) else None
+
+    def _draw(self, started: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """The options of the next trial: none that has been tried, as they would train the same weights again.
+
+        Where the sampler knows no other, as in a space of few choices, chance is asked; it may find none.
+        """
+        known = [found for found in started if found.state != TrialState.FAIL]
+        tried, values = [found.params for found in known], {}
+        for attempt in range(_MOST_DRAWS):
+            # By number: a search that is resumed draws what it would have drawn.
+            sequence = np.random.SeedSequence([self.config.seed, len(started), attempt][: 3 if attempt else 2])
+            seed = int(sequence.generate_state(1)[0])
+            study = optuna.create_study(
+                direction="maximize",
+                sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+                if attempt < _MOST_GUIDED_DRAWS
+                else optuna.samplers.RandomSampler(seed),
+            )
+            study.add_trials(known)
+            values = space.draw(study.ask(), self.options)
+            if values not in tried:
+                break
+        return values
 
     def _hold(self, held: contextlib.ExitStack, number: int) -> bool:
         self.folder_of(number).mkdir(exist_ok=True)

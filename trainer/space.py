@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,6 +96,18 @@ def ends(distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     return [distribution.low, distribution.high]
+
+
+def size(space: Space) -> float:
+    """How many different trials there are; infinity where something is continuous."""
+
+    def count(distribution: BaseDistribution) -> float:
+        if isinstance(distribution, CategoricalDistribution):
+            return len(distribution.choices)
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        return round((distribution.high - distribution.low) / distribution.step) + 1 if distribution.step else math.inf
+
+    return math.prod(map(count, space.values()))
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:

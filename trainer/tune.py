@@ -218,9 +218,13 @@ def main(positional: list[str]) -> None:
     train_set, _ = dataset.split_validation(data.train, config.validation_fraction)
     gpus = cluster.visible_gpus(cluster.alone(0, flags.FLAGS.parallel))
     check_plans(config, searched, len(train_set), 1 if config.strategy == "one_device" else config.num_devices or len(gpus) or 1)
+    num_trials = flags.FLAGS.num_trials
+    if (different := space.size(searched)) < num_trials:
+        _log.warning("note: --num_trials=%d: the space has no more than %d different trials", num_trials, different)
+        num_trials = int(different)
     storage.prepare_folder(folder, "--study_dir")
     with storage.stop_when_full(f"--study_dir={folder}", lambda: "finished trials stay; the same command goes on"):
-        search = Search(folder, searched, config, data.sha256, flags.FLAGS.num_trials, flags.FLAGS.pruner)
+        search = Search(folder, searched, config, data.sha256, num_trials, flags.FLAGS.pruner)
         Runner(search, positional, flags.FLAGS.max_retries, stop).run(flags.FLAGS.parallel)
         while not stop.name:
             if result := winner.result_of(search):
