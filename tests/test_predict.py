@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, TINY, arguments
+from conftest import ROOT, TINY, arguments, write_dataset
 from PIL import Image
 
 from trainer import classifier, evaluate, images, pictures, predict, serve
@@ -277,6 +277,48 @@ def test_evaluation_goes_by_the_names_of_classes(model_dir: Path, mnist, tmp_pat
     (tmp_path / "data" / "test" / "3").rename(tmp_path / "data" / "test" / "three")
     with pytest.raises(RequestError, match="has the class three, the model only 0, 1, 2"):
         evaluate.evaluate(str(model_dir), str(tmp_path / "data"))
+
+
+def test_dark_pictures_are_not_made_bright(digits, model_dir: Path) -> None:
+    """The exported signature takes floats up to 1 for scaled ones; a picture's are known not to be."""
+    reader = classifier.Classifier(str(model_dir))
+    dark = digits[3][0][np.newaxis, ..., np.newaxis] / 255 > 0.5
+    expected = reader.run("serving_uint8", dark.astype(np.uint8))["probabilities"]
+    bright = reader.run("serving_uint8", 255 * dark.astype(np.uint8))["probabilities"]
+    found = reader.classify(dark.astype(np.float32))[0]["probabilities"]
+    np.testing.assert_allclose(found, expected[0], atol=1e-5)
+    assert np.abs(bright - expected).max() > 0.1
+    # A little above 1, as after resizing, is still the scale of 1.
+    scaled = np.where(dark, 1.002, 0).astype(np.float32)
+    np.testing.assert_allclose(reader.run("serving_default", scaled)["probabilities"], bright, atol=0.01)
+    with pytest.raises(RequestError, match="these go from -1 to 1"):
+        reader.run("serving_default", np.where(dark, 1.000001, -1).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz", "idx", "folders of colour"])
+def test_a_test_set_alone_is_evaluated(kind: str, model_dir: Path, mnist, tmp_path: Path) -> None:
+    """Of one class even."""
+    threes = mnist.test.images[mnist.test.labels == 3][:20, ..., 0]
+    labels = np.full(20, 3, np.uint8)
+    given = tmp_path
+    if kind == "npz":
+        given = tmp_path / "data.npz"
+        np.savez(given, x_test=threes, y_test=labels)
+    elif kind == "idx":
+        write_dataset(tmp_path, (threes, labels), (threes, labels), zipped=False)
+        (tmp_path / "train-images-idx3-ubyte").unlink()
+        (tmp_path / "train-labels-idx1-ubyte").unlink()
+    else:
+        (tmp_path / "3").mkdir()
+        for number, pixels in enumerate(threes):
+            Image.fromarray(pixels).convert("L" if kind == "csv" else "RGB").save(tmp_path / "3" / f"{number}.png")
+        if kind == "csv":
+            rows = "".join(f"3/{number}.png,3,test\n" for number in range(20))
+            given = tmp_path / "list.csv"
+            given.write_text(f"path,label,split\n{rows}")
+    found = evaluate.evaluate(str(model_dir), str(given))
+    assert found["test_examples"] == 20
+    assert found["test_accuracy"] > 0.8
 
 
 def test_evaluation_is_of_the_jobs_own_data_unless_another_is_named(finished: Path) -> None:

@@ -46,6 +46,10 @@ WRONG = {
                         folder / "in")[2], "is it a test set or a class?"),
     "array renamed to npz": (lambda folder: renamed_array(folder / "a.npz"), "no readable .npz"),
     "npz with a changed byte": (lambda folder: changed_npz(folder / "a.npz"), "no readable .npz"),
+    "classes of one picture": (
+        lambda folder: wrong_npz(folder / "a.npz", x_train=GRAY, y_train=np.arange(70)), "would be left to train on"),
+    "prepared already": (lambda folder: write_text(folder / "dataset.json", "{}").parent, "is prepared already"),
+    "stopped conversion": (lambda folder: ((folder / ".prepare").mkdir(), folder)[1], "a conversion that has not finished"),
     "test class that was never trained": (
         lambda folder: (write_folders(folder / "in" / "train", GRAY, LABELS % 3),
                         write_folders(folder / "in" / "test", GRAY, LABELS), folder / "in")[2], "no folder in the training set"),
@@ -101,3 +105,14 @@ def test_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "thesis.txt" in prepare(f"--input={source}", f"--output={tmp_path / 'out'}", code=2)
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"thesis.txt", ".lock"}
+
+
+def test_colour_among_gray_is_no_damage_that_is_left_out(tmp_path: Path) -> None:
+    """Of 140 pictures every second is looked at first."""
+    write_folders(tmp_path / "in", np.concatenate([GRAY, GRAY]), np.repeat(LABELS[:70], 2))
+    (tmp_path / "in" / "ant" / "001.png").unlink()
+    Image.fromarray(COLOUR[0]).save(tmp_path / "in" / "ant" / "001.png")
+    given = f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2", "--on_error=skip"
+    assert "001.png: in colour, where those looked at first are gray" in prepare(*given, code=2)
+    assert not (tmp_path / "out").exists()
+    assert "7 classes" in prepare(*given, "--channels=1")

@@ -352,3 +352,28 @@ def test_evaluation_on_a_shard_of_other_data_is_refused(finished: Path, tiny_rec
             writer.write(record)
     with pytest.raises(RequestError, match=r"test-00000-of-.*: holds other records than dataset.json says"):
         evaluate.evaluate(str(finished), str(data))
+
+
+def test_damage_of_the_other_split_of_a_shard_is_not_taken_for_other_data(tmp_path: Path) -> None:
+    """The last shard's last segment validates."""
+    folder = write(tmp_path / "data")
+    train, validation = dataset.split_validation(dataset.load(str(folder)).train, 0.08)
+    _, offset, _ = validation.segments[-1]
+    file = folder / "train-00003-of-00004.tfrecord"
+    content = bytearray(file.read_bytes())
+    content[offset + MIDDLE] ^= 1
+    file.write_bytes(content)
+    assert damage.first_damage(validation, lambda _: None) == f"{file}: a damaged record at byte {offset}"
+    words = f"{file}: holds other records than dataset.json says, or damaged ones beside those of this split"
+    assert damage.first_damage(train, lambda _: None).startswith(words)
+
+
+def test_records_of_one_segment_are_not_divided(tmp_path: Path) -> None:
+    whole = dataset.load(str(write(tmp_path / "data"))).train
+    with pytest.raises(RequestError, match="of 30 training records, which are divided in segments only, none is left"):
+        dataset.split_validation(whole.slice(0, 30), 0.1)
+
+
+def test_only_prepared_data_is_streamed(tiny_data: Path) -> None:
+    with pytest.raises(RequestError, match=r"--input_pipeline=stream: .* is no data set of trainer.prepare"):
+        load(tiny_data, input_pipeline="stream")

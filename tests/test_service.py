@@ -184,6 +184,13 @@ def test_data_that_is_not_prepared_is_refused(tiny_data: Path, servers: Servers,
     assert "is no data set of trainer.prepare" in done.stderr.splitlines()[-1]
 
 
+def test_dispatcher_has_no_address_of_its_own() -> None:
+    command = [sys.executable, "-m", "trainer.data_server", "--address=data-0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "--address=data-0: a data worker's, which needs --dispatcher" in done.stderr
+
+
 @pytest.mark.e2e
 def test_finished_job_tells_its_result_when_its_data_service_is_gone(run_here, tiny_records: Path) -> None:
     options = {"data_dir": str(tiny_records), "model": "cnn", "max_steps": 1, "rendezvous_timeout": 1}

@@ -54,7 +54,9 @@ class Classifier:
         Returns:
             For each: digit (the number of the class), class_name, probability, and the probabilities of all classes.
         """
-        probabilities = self.run("serving_default", inputs)["probabilities"]
+        # Nearly black ones would be taken for pixels from 0 to 1, and made bright.
+        given = np.where(images.are_scaled(inputs), inputs / 255, inputs)
+        probabilities = self.run("serving_default", given)["probabilities"]
         return [
             {
                 "digit": int(row.argmax()),
@@ -115,7 +117,7 @@ def _reason(error: tf.errors.InvalidArgumentError) -> str:
     return said[-1].strip() if said else "cannot be used"
 
 
-def _are_pixels(images: np.ndarray) -> bool:
+def _are_pixels(given: np.ndarray) -> bool:
     """Whether each of the images, float [N, H, W, C], is from 0 to 1 or from 0 to 255; which, its largest value says."""
-    scale = np.where(images.max(axis=(1, 2, 3), keepdims=True) <= 1, 1, 255)
-    return bool(((images >= -_SLACK * scale) & (images <= (1 + _SLACK) * scale)).all())
+    scale = np.where(images.are_scaled(given), 1, 255)
+    return bool(((given >= -_SLACK * scale) & (given <= (1 + _SLACK) * scale)).all())

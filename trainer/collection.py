@@ -84,7 +84,11 @@ class Files:
         return len(self.paths)
 
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray | RequestError]:
-        """Some images, each uint8 [H, W, C] with the file's H and W, or what is wrong with it."""
+        """Some images, each uint8 [H, W, C] with the file's H and W, or what is wrong with it.
+
+        Raises:
+            RequestError: one is in colour where `strict` refuses it. It is not damaged: that is no case for `on_error`.
+        """
         for index in indices:
             yield self._load(self.paths[index])
 
@@ -95,7 +99,7 @@ class Files:
             return error
         if self.channels == 1 and self.strict and not pictures.is_gray(path):
             hint = "convert them by trainer.prepare with --channels=3 or --channels=1"
-            return RequestError(f"{path}: in colour, where those looked at first are gray: {hint}")
+            raise RequestError(f"{path}: in colour, where those looked at first are gray: {hint}")
         return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
 
     def take(self, indices: np.ndarray) -> "Files":

@@ -23,7 +23,7 @@ import numpy as np
 from trainer import locks, records, storage
 from trainer.collection import Collection
 from trainer.errors import RequestError
-from trainer.shards import NOTES, Request, Shard, goes_on, writers
+from trainer.shards import Request, Shard, goes_on, writers
 
 _SHAPE_OF_FIRST = 1000
 _log = logging.getLogger("digitfleet")
@@ -54,7 +54,7 @@ def with_test_split(collection: Collection, request: Request) -> Collection:
     """The collection with a test split: its own, or a share of the training set, stratified by class.
 
     Raises:
-        RequestError: it has none and no share is asked for, or has one and a share is.
+        RequestError: it has none and no share is asked for, or has one and a share is, or one that leaves a class untrained.
     """
     if "test" in collection.splits:
         if request.test_fraction:
@@ -66,6 +66,11 @@ def with_test_split(collection: Collection, request: Request) -> Collection:
     order = stratified_order(whole.labels, request.seed)
     first = len(order) - max(1, round(request.test_fraction * len(order)))
     splits = {"train": whole.take(np.sort(order[:first])), "test": whole.take(np.sort(order[first:]))}
+    if len(rare := np.setdiff1d(splits["test"].labels, splits["train"].labels)):
+        raise RequestError(
+            f"--test_fraction={request.test_fraction:g}: no example of the class {collection.class_names[rare[0]]} would be "
+            "left to train on: add some, or give another --seed"
+        )
     return dataclasses.replace(collection, splits=splits)
 
 
@@ -96,7 +101,7 @@ def convert(
         if (described.content["fingerprint"], described.content["source_sha256"]) != (fingerprint, identity):
             raise RequestError(f"--output={output}: holds another data set already: give another folder, or remove it")
         if _is_whole(described):
-            shutil.rmtree(output / NOTES, ignore_errors=True)
+            shutil.rmtree(output / records.NOTES, ignore_errors=True)
             return described.content
         _begin_again(output, fingerprint)
     shape = _first_shape(collection, request)
@@ -121,7 +126,7 @@ def convert(
         content = _description(collection, shape, shards, notes, output)
         content |= {"encoding": request.encoding, "fingerprint": fingerprint, "source_sha256": identity}
         storage.write_json(output / records.DESCRIPTION, content)
-    shutil.rmtree(output / NOTES)
+    shutil.rmtree(output / records.NOTES)
     return content
 
 
@@ -140,7 +145,7 @@ def _refuse_damage(errors: list[str], output: Path) -> None:
     """Ends a conversion some of whose pictures cannot be read; all of them are listed in a file."""
     if not errors:
         return
-    listed = output / NOTES / "damaged.txt"
+    listed = output / records.NOTES / "damaged.txt"
     listed.write_text("".join(f"{error}\n" for error in sorted(errors)), errors="surrogateescape")
     more = f", and {len(errors) - 1} more, see {listed}" if len(errors) > 1 else ""
     raise RequestError(f"{min(errors)}{more}: mend it, or leave damaged pictures out with --on_error=skip")
@@ -176,17 +181,17 @@ def _is_whole(described: records.Description) -> bool:
 def _begin_again(output: Path, fingerprint: str) -> None:
     """Makes a finished conversion, of which files are lost, one that goes on."""
     _log.warning("%s: files of it are lost or cut short: converting it again", output)
-    (output / NOTES).mkdir(exist_ok=True)
-    storage.write_json(output / NOTES / "request.json", {"fingerprint": fingerprint})
+    (output / records.NOTES).mkdir(exist_ok=True)
+    storage.write_json(output / records.NOTES / "request.json", {"fingerprint": fingerprint})
     (output / records.DESCRIPTION).unlink()
 
 
 def _begin(output: Path, fingerprint: str) -> bool:
     """Prepares the folder for the conversion, or to go on with it; whether it begins."""
-    notes = output / NOTES
+    notes = output / records.NOTES
     before = storage.read_json(notes / "request.json")
     if before is None:
-        rest = [path.name for path in output.iterdir() if path.name not in (NOTES, locks.LOCK)]
+        rest = [path.name for path in output.iterdir() if path.name not in (records.NOTES, locks.LOCK)]
         if rest:
             raise RequestError(f"--output={output}: holds something else ({sorted(rest)[0]}): give an empty or a new folder")
         notes.mkdir(exist_ok=True)
@@ -201,7 +206,7 @@ def _begin(output: Path, fingerprint: str) -> bool:
 
 def _take_back(output: Path) -> None:
     """Removes what a conversion that began here has written."""
-    shutil.rmtree(output / NOTES)
+    shutil.rmtree(output / records.NOTES)
     for path in output.iterdir():
         if path.name != locks.LOCK:
             path.unlink()
@@ -237,6 +242,10 @@ def _description(
             ],
             "index": _write_index(output / f"{split}.segments.npy", [notes[name]["segments"] for name in own]),
         }
+    trained, tested = (splits[split]["class_counts"] for split in ("train", "test"))
+    for name, *counts in zip(collection.class_names, trained, tested, strict=True):
+        if not counts[0] and counts[1]:
+            raise RequestError(f"not one picture of the class {name} in the training set can be read")
     train = [notes[shard.name] for shard in shards if shard.split == "train"]
     num_pixels = sum(note["num_pixels"] for note in train)
     mean = np.sum([note["sums"] for note in train], axis=0) / num_pixels

@@ -28,7 +28,9 @@ def define_flags(values: flags.FlagValues) -> None:
     own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
     flags.DEFINE_integer("port", 5050, "Port to listen on.", 1, 65535, **own)
     flags.DEFINE_string("dispatcher", "", "grpc://HOST:PORT of the dispatcher. Empty: this is the dispatcher.", **own)
-    flags.DEFINE_string("address", "localhost", "Host name or address by which training workers reach this data worker.", **own)
+    flags.DEFINE_string(
+        "address", None, "Host name or address by which training workers reach this data worker; localhost if not given.", **own
+    )
 
 
 def main(positional: list[str]) -> None:
@@ -36,6 +38,8 @@ def main(positional: list[str]) -> None:
     values = flags.FLAGS
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
+    if values.address and not values.dispatcher:
+        raise RequestError(f"--address={values.address}: a data worker's, which needs --dispatcher; a dispatcher has none")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -55,7 +59,8 @@ def main(positional: list[str]) -> None:
                     return
                 raise
             # As a pod's address in a cluster of IPv6.
-            host = f"[{values.address}]" if ":" in values.address else values.address
+            address = values.address or "localhost"
+            host = f"[{address}]" if ":" in address else address
             config = served.WorkerConfig(
                 dispatcher_address=values.dispatcher.removeprefix("grpc://"),
                 worker_address=f"{host}:{values.port}",

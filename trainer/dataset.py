@@ -111,6 +111,7 @@ def load(
     *,
     on_error: str = "fail",
     test_only: bool = False,
+    channels: int = 0,
 ) -> Dataset:
     """Finds out what kind of data set it is, and reads it: all of it, or where its records are.
 
@@ -121,7 +122,8 @@ def load(
         image_size: height and width that images are scaled to; None for their own.
         on_error: "fail" or "skip" what is damaged, of prepared data.
         test_only: whether nothing is trained on: unless they are prepared, training images are not read, and what has no test
-            set is one.
+            set is one, also of a single class.
+        channels: 1 or 3 for picture files that are not prepared; 0 for what a look at some of them says.
 
     Raises:
         RequestError: something is missing or damaged, or does not fit together.
@@ -133,7 +135,7 @@ def load(
     if prepared:
         train, test, names, sha256, kind, found = _load_records(data_dir, image_size, on_error)
     else:
-        train, test, names, sha256, kind, found = _load_collection(data_dir, image_size, test_only)
+        train, test, names, sha256, kind, found = _load_collection(data_dir, image_size, test_only, channels)
     if min(train.image_shape[:2]) < _MIN_SIDE:
         raise RequestError(
             f"{data_dir or 'embedded MNIST'}: images of {_size(train)} pixels; at least {_MIN_SIDE}x{_MIN_SIDE}: give a "
@@ -147,7 +149,7 @@ def load(
         raise RequestError(
             f"--num_classes={num_classes}: the data has the label {len(names) - 1}; at least {len(names)} are needed"
         )
-    if len(names) < 2:
+    if len(names) < 2 and not test_only:
         raise RequestError(f"{data_dir}: every label is {names[0] if names else 0}; a classifier needs two classes")
     classes = num_classes or len(names)
     description = (
@@ -180,15 +182,19 @@ def _is_prepared(data_dir: str) -> bool:
     return bool(data_dir) and (records.is_prepared(data_dir) or records.is_remote(data_dir))
 
 
-def _load_collection(data_dir: str, image_size: tuple[int, int] | None, test_only: bool) -> _Found:
+def _load_collection(data_dir: str, image_size: tuple[int, int] | None, test_only: bool, channels: int) -> _Found:
     if data_dir:
-        collection = formats.collect("auto", Path(data_dir))
+        with storage.reading(data_dir):
+            source = formats.recognise(Path(data_dir))
+        # Those of arrays are what they are.
+        channels = channels if source in ("images", "csv") else 0
+        collection = formats.collect(source, Path(data_dir), channels, test_only=test_only)
     else:
         splits = {split: formats.idx_split(EMBEDDED, split, _EMBEDDED_SHA256) for split in formats.IDX_FILES}
         collection = Collection(format="idx", splits=splits, class_names=formats.numbered(splits), pictures="digits")
     splits = collection.splits
     if test_only:
-        train = test = _in_memory(data_dir, splits.get("test", splits["train"]), image_size)
+        train = test = _in_memory(data_dir, splits.get("test") or splits["train"], image_size)
     elif "test" in splits:
         train, test = (_in_memory(data_dir, splits[split], image_size) for split in ("train", "test"))
     else:
@@ -253,7 +259,10 @@ def split_validation(examples: Part, fraction: float) -> tuple[Part, Part | None
     if isinstance(examples, Records):
         first = examples.segment_start(len(examples) - math.ceil(fraction * len(examples)))
         if not first:
-            raise RequestError(f"--validation_fraction={fraction}: nothing is left to train on")
+            raise RequestError(
+                f"--validation_fraction={fraction}: of {len(examples)} training records, which are divided in segments only, "
+                "none is left to train on: prepare them with more --num_shards, or give a smaller share or 0 for no validation"
+            )
         return examples.slice(0, first), examples.slice(first, len(examples))
     # Imported here: it costs most of a second, which `trainer.predict` and `trainer.evaluate` need not pay.
     from sklearn.model_selection import train_test_split

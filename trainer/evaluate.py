@@ -50,7 +50,8 @@ def evaluate(model_dir: str, data_dir: str | None = None, on_error: str | None =
 
         model = exported.load(model_dir)
     height, width, channels = model.input_shape
-    data = dataset.load(data_dir, image_size=(height, width), on_error=config.on_error, test_only=data_dir != own)
+    asked: dict[str, Any] = {"image_size": (height, width), "channels": channels, "on_error": config.on_error}
+    data = dataset.load(data_dir, **asked, test_only=data_dir != own)
     # What is left of damaged data has another hash.
     whole = job.get("on_error", "fail") == config.on_error == "fail"
     if data_dir == own and whole and run.get("data_sha256", data.sha256) != data.sha256:

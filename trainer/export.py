@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import storage
-from trainer.images import gray_from_bytes, rgb_from_bytes, scaled, to_model_input
+from trainer.images import are_scaled, gray_from_bytes, rgb_from_bytes, scaled, to_model_input
 from trainer.models import weights_of
 from trainer.tracing import graph
 from trainer.views import make_inference
@@ -51,9 +51,8 @@ class Exported(tf.Module):
         return {"probabilities": probabilities, "classes": classes, "class_names": tf.gather(self._names, classes)}
 
     def _from_float(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Both conventions are common. On the scale of 255 an image with no value above 1 is blank, so nothing is lost.
-        largest = tf.reduce_max(images, axis=[1, 2, 3], keepdims=True)
-        return self._predict(tf.where(largest <= 1, images * 255, images))
+        # Both conventions are common.
+        return self._predict(tf.where(are_scaled(images), images * 255, images))
 
     def _from_bytes(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
         def decode(content: tf.Tensor) -> tf.Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from trainer import folders, idx, pictures, storage
 from trainer.collection import Collection, Files, Images, Split
 from trainer.errors import RequestError
+from trainer.records import DESCRIPTION, NOTES
 
 IDX_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
              "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
@@ -44,6 +45,10 @@ def recognise(folder: Path) -> str:
         return "csv"
     if inner:
         return "images"
+    if (folder / DESCRIPTION).exists():
+        raise RequestError(f"{folder}: is prepared already, by trainer.prepare: train on it with --data_dir={folder}")
+    if (folder / NOTES).exists():
+        raise RequestError(f"{folder}: a conversion that has not finished: give the same command of trainer.prepare again")
     raise RequestError(
         f"{folder}: no data set that is known here: expected what trainer.prepare writes (dataset.json), the four IDX files, "
         "an .npz file, a folder for each class, or a .csv file"
@@ -55,31 +60,33 @@ def _lists_pictures(path: Path) -> bool:
         return set(next(csv.reader(lines), ())) >= _COLUMNS
 
 
-def collect(source: str, path: Path, channels: int = 0) -> Collection:
+def collect(source: str, path: Path, channels: int = 0, *, test_only: bool = False) -> Collection:
     """Lists a data set.
 
     Args:
         source: its format, or "auto".
         path: the file or the folder.
         channels: 1 or 3 for pictures of files; 0 for what a look at some of them says.
+        test_only: whether nothing is trained on: arrays and CSVs then have a test set only, for which the training set stands
+            where there is no other, and which may be of one class.
 
     Raises:
         RequestError: something is missing, damaged or does not fit together.
     """
     with storage.reading(path):
-        return _collect(recognise(path) if source == "auto" else source, path, channels)
+        return _collect(recognise(path) if source == "auto" else source, path, channels, test_only)
 
 
-def _collect(source: str, path: Path, channels: int) -> Collection:
+def _collect(source: str, path: Path, channels: int, test_only: bool) -> Collection:
     if not path.exists():
         raise RequestError(f"{path}: there is no such file or folder")
     if channels and source in ("idx", "npz"):
         raise RequestError(f"--channels: {path} holds arrays, whose channels are what they are; leave the flag out")
     readers: dict[str, Callable[[], Collection]] = {
-        "idx": lambda: _from_idx(path),
-        "npz": lambda: _from_npz(path),
+        "idx": lambda: _from_idx(path, test_only),
+        "npz": lambda: _from_npz(path, test_only),
         "images": lambda: _from_folders(path, channels),
-        "csv": lambda: _from_csv(path, channels),
+        "csv": lambda: _from_csv(path, channels, test_only),
     }
     return readers[source]()
 
@@ -104,25 +111,27 @@ def idx_split(folder: Path, split: str, sha256: dict[str, str] | None = None) ->
     return Split(Images(images[..., np.newaxis]), labels.astype(np.int64))
 
 
-def _from_idx(folder: Path) -> Collection:
+def _from_idx(folder: Path, test_only: bool) -> Collection:
     if not folder.is_dir():
         raise RequestError(f"{folder}: not a folder; give the one with the four IDX files")
-    splits = {split: idx_split(folder, split) for split in IDX_FILES}
-    return _of_arrays("idx", splits)
+    if test_only:
+        has_test = any((folder / f"{name}{suffix}").exists() for name in IDX_FILES["test"] for suffix in ("", ".gz"))
+        return _of_arrays("idx", {"test": idx_split(folder, "test" if has_test else "train")})
+    return _of_arrays("idx", {split: idx_split(folder, split) for split in IDX_FILES})
 
 
 def _of_arrays(source: str, splits: dict[str, Split]) -> Collection:
-    images = splits["train"].images
     if len(shapes := {split.images.pixels.shape[3] for split in splits.values() if isinstance(split.images, Images)}) > 1:
         raise RequestError(f"images of {min(shapes)} channel in one of the two sets, and of {max(shapes)} in the other")
-    trained = np.unique(splits["train"].labels)
-    if len(trained) == 1:
-        raise RequestError(f"every label of the training set is {trained[0]}; a classifier needs two classes")
-    unknown = np.setdiff1d(splits["test"].labels if "test" in splits else [], trained)
-    if len(unknown):
-        raise RequestError(f"the label {unknown[0]} of the test set does not occur in the training set")
+    if "train" in splits:
+        trained = np.unique(splits["train"].labels)
+        if len(trained) == 1:
+            raise RequestError(f"every label of the training set is {trained[0]}; a classifier needs two classes")
+        unknown = np.setdiff1d(splits["test"].labels if "test" in splits else [], trained)
+        if len(unknown):
+            raise RequestError(f"the label {unknown[0]} of the test set does not occur in the training set")
     # MNIST's family comes like this.
-    kind = "digits" if isinstance(images, Images) and images.pixels.shape[3] == 1 else "photos"
+    kind = "digits" if shapes == {1} else "photos"
     return Collection(format=source, splits=splits, class_names=numbered(splits), pictures=kind)
 
 
@@ -138,7 +147,7 @@ def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(largest + 1))
 
 
-def _from_npz(path: Path) -> Collection:
+def _from_npz(path: Path, test_only: bool) -> Collection:
     path = (_one_of(path, "npz") or path) if path.is_dir() else path
     try:
         if not zipfile.is_zipfile(path):
@@ -154,7 +163,9 @@ def _from_npz(path: Path) -> Collection:
             if f"y_{split}" not in arrays:
                 raise RequestError(f"{path}: x_{split} is there, y_{split} is not")
             splits[split] = _npz_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
-    if "train" not in splits:
+    if test_only and splits:
+        splits = {"test": splits.get("test") or splits["train"]}
+    elif "train" not in splits:
         raise RequestError(
             f"{path}: no x_train in it, but {', '.join(sorted(arrays)) or 'nothing'}; expected x_train, y_train, x_test and "
             "y_test, as keras.datasets has them"
@@ -187,7 +198,7 @@ def _from_folders(folder: Path, channels: int) -> Collection:
     return _of_files("images", folder, listed, class_names, channels)
 
 
-def _from_csv(path: Path, channels: int) -> Collection:
+def _from_csv(path: Path, channels: int, test_only: bool) -> Collection:
     if path.is_dir():
         files = {split: path / f"{split}.csv" for split in ("train", "test") if (path / f"{split}.csv").is_file()}
         files = files or {"train": _one_of(path, "csv") or path}
@@ -197,10 +208,12 @@ def _from_csv(path: Path, channels: int) -> Collection:
     for file_split, file in files.items():
         for split, row in _rows(file, file_split):
             listed.setdefault(split, []).append(row)
-    if not listed.get("train"):
+    if test_only and listed:
+        listed = {"test": listed.get("test") or listed["train"]}
+    elif not listed.get("train"):
         raise RequestError(f"{path}: no rows of the training set in it")
     _check_once(listed)
-    names = {name for _, name in listed["train"]}
+    names = {name for _, name in listed.get("train", listed.get("test", []))}
     # Numbers as numbers: 10 comes after 9. Of any length, which `int` refuses.
     numeric = all(name.isdecimal() for name in names)
     class_names = sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)) if numeric else sorted(names)
@@ -243,10 +256,10 @@ def _rows(file: Path, file_split: str) -> list[tuple[str, tuple[Path, str]]]:
 def _of_files(
     source: str, root: Path, listed: dict[str, list[tuple[Path, str]]], class_names: list[str], channels: int
 ) -> Collection:
-    train = [path for path, _ in listed["train"]]
-    if not train:
+    first = [path for path, _ in listed.get("train", listed.get("test", []))]
+    if not first:
         raise RequestError("no pictures found in the training set")
-    looked_at = train[:: max(1, len(train) // _LOOKED_AT)]
+    looked_at = first[:: max(1, len(first) // _LOOKED_AT)]
     strict, channels = not channels, channels or pictures.channels_of(looked_at)
     if wrong := [name for name in class_names if not name.isprintable()]:
         raise RequestError(f"{root}: the class {wrong[0]!r} has a name that is no text; rename it")

@@ -4,6 +4,7 @@ MNIST's digits are light on dark, scaled into a box of 20/28 of the side, and ce
 (http://yann.lecun.com/exdb/mnist/). The same TensorFlow function serves `trainer.predict` and the exported signature.
 """
 
+import numpy as np
 import tensorflow as tf
 
 _BOX_SHARE = 20 / 28
@@ -58,6 +59,14 @@ def _decoded(content: tf.Tensor) -> tf.Tensor:
         lambda: tf.io.decode_image(content, channels=0, expand_animations=False),
     )
     return tf.cast(pixels, tf.float32)
+
+
+def are_scaled(images: np.ndarray | tf.Tensor) -> tf.Tensor:
+    """Whether images, float [N, H, W, C], are from 0 to 1 rather than 255, where such ones are blank: bool [N, 1, 1, 1].
+
+    Scaled ones may be above 1 by less than a gray level, as after resizing.
+    """
+    return tf.reduce_max(images, axis=[1, 2, 3], keepdims=True) <= 1 + 1 / 255
 
 
 def scaled(pixels: tf.Tensor, height: int, width: int) -> tf.Tensor:

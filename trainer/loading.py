@@ -46,8 +46,9 @@ def without_damage(config: Config, dataset: Dataset, splits: Sequence[str] = ("t
         Stopped: the process that reads was killed.
     """
     parts = {name: getattr(dataset, name) for name in splits}
-    if config.data_service and not all(isinstance(part, Records) for part in parts.values()):
-        raise RequestError(f"--data_service: {config.data_dir} is no data set of trainer.prepare")
+    streams = "--data_service" if config.data_service else "--input_pipeline=stream" if config.input_pipeline == "stream" else ""
+    if streams and not all(isinstance(part, Records) for part in parts.values()):
+        raise RequestError(f"{streams}: {config.data_dir or 'the embedded MNIST'} is no data set of trainer.prepare")
     if config.on_error == "skip":
         for part in parts.values():
             for file in part.missing():

@@ -22,6 +22,8 @@ import numpy as np
 from trainer.errors import RequestError
 
 DESCRIPTION = "dataset.json"
+# Of a conversion that has not finished; `convert.py`.
+NOTES = ".prepare"
 FORMAT_VERSION = 1
 IMAGE_KEY, LABEL_KEY = "image/encoded", "image/class/label"
 # Framing of a record: 8 bytes of length, 4 of its checksum before the data, 4 of the data's after it.

@@ -36,7 +36,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise RequestError(f"--host={host} --port={port}: cannot listen there ({reason}): choose another, or --port=0") from error
 
 
-def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, max_body_mb: int, max_rate: int) -> None:
+def serve(
+    model_dir: str, listener: socket.socket, host: str, model_name: str, max_body_mb: int, max_rate: int, shown: str = ""
+) -> None:
     """Serves until SIGTERM or SIGINT; requests that are being answered are finished. Call it in the main thread.
 
     Args:
@@ -46,9 +48,10 @@ def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, m
         model_name: what TensorFlow Serving's clients call the model.
         max_body_mb: the largest body of a request, MiB.
         max_rate: requests a second of a client; 0: any number.
+        shown: "digits" or "photos"; empty for what the training images show.
 
     Raises:
-        RequestError: there is no export, or it cannot be read.
+        RequestError: there is no export, or it cannot be read, or its pictures cannot show that.
     """
     storage.export_of(model_dir)  # What is not there is told before TensorFlow is imported.
     with cli.quiet_start():
@@ -57,7 +60,7 @@ def serve(model_dir: str, listener: socket.socket, host: str, model_name: str, m
         from trainer import admission, web
         from trainer.classifier import Classifier
 
-        classifier = Classifier(model_dir)
+        classifier = Classifier(model_dir, shown)
     classifier.warm_up()
     address, port = listener.getsockname()[:2]
     own_host: str | None = host
@@ -90,6 +93,10 @@ def define_flags(values: flags.FlagValues) -> None:
     """Adds this command's flags."""
     own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
     flags.DEFINE_string("model_dir", None, "Folder of a finished job.", **own)
+    flags.DEFINE_enum(
+        "pictures", None, ["digits", "photos"],
+        "What pictures show, as for trainer.predict. `image_bytes` of the REST API keeps to what the training set said.", **own,
+    )  # fmt: skip
     flags.DEFINE_string("host", "127.0.0.1", "Name or address to listen on; 0.0.0.0 is every network. No authentication.", **own)
     flags.DEFINE_integer("port", 8501, "Port to listen on. 0: any that is free.", 0, 65535, **own)
     flags.DEFINE_string("model_name", "digitfleet", "The model's name in the addresses of TensorFlow Serving's REST API.", **own)
@@ -116,6 +123,7 @@ def main(positional: list[str]) -> None:
             values.model_name,
             values.max_body_mb,
             values.max_requests_per_second,
+            values.pictures or "",
         )
 
 

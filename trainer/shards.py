@@ -18,7 +18,6 @@ from trainer import children, cli, pictures, records, storage
 from trainer.collection import Collection, Split
 from trainer.errors import RequestError, Stopped
 
-NOTES = ".prepare"
 # A segment, which is read in one go, ends with the record that fills one of these.
 SEGMENT_RECORDS = 32
 SEGMENT_BYTES = 2**20
@@ -99,7 +98,7 @@ def _write(name: str, examples: Split) -> dict[str, Any]:
     """Writes one shard, unless it is there, and returns its note."""
     assert _state is not None
     output, num_classes, request, shape = _state
-    path, note_path = output / f"{name}.tfrecord", output / NOTES / f"{name}.json"
+    path, note_path = output / f"{name}.tfrecord", output / records.NOTES / f"{name}.json"
     source = examples.images.identity()
     # Whether its images are all of the first one's shape is a part of the note.
     known = {"source_sha256": source, "shape": list(shape)}
