@@ -81,7 +81,7 @@ def _input_rate(job: Prepared) -> float:
 
 def _save_seconds(job: Prepared) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), job.state, keep=3, is_chief=True)
+        checkpoints = Checkpoints(Path(folder), job.state, job.config, is_chief=True)
         times = [_seconds(lambda step=step: checkpoints.save(Progress(step=step))) for step in range(_SAVES)]  # type: ignore[misc]
     return statistics.median(times[1:])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer import children
+from trainer.errors import RequestError
 
 
 class Workers:
@@ -22,6 +23,9 @@ class Workers:
         log_dir: a folder for `<kind>-<index>.log`, to which is appended.
         show: takes a worker's index and a line of its output.
         kind: what the workers are, for the logs' names.
+
+    Raises:
+        RequestError: a log cannot be written.
     """
 
     def __init__(
@@ -45,6 +49,11 @@ class Workers:
             raise
 
     def _start(self, index: int, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        try:
+            # Without buffers: what could not be written would fail again at the end.
+            file = open(log, "ab", buffering=0)  # noqa: SIM115  (closed by its thread)
+        except OSError as error:
+            raise RequestError(f"{log}: cannot be written: {error.strerror}") from error
         process = subprocess.Popen(
             command,
             env={**os.environ, **environment},
@@ -59,16 +68,15 @@ class Workers:
             preexec_fn=children.ending_with_this(),
         )
         self.processes.append(process)
-        self._threads.append(threading.Thread(target=self._read, args=(index, process.stdout, log), daemon=True))
+        self._threads.append(threading.Thread(target=self._read, args=(index, process.stdout, file), daemon=True))
         self._threads[-1].start()
 
-    def _read(self, index: int, stream: IO[str], log: Path) -> None:
-        # Without buffers: what could not be written would fail again at the end.
-        with stream, open(log, "ab", buffering=0) as file:
+    def _read(self, index: int, stream: IO[str], log: IO[bytes]) -> None:
+        with stream, log:
             for line in stream:
                 # The disk that is full is often the one that the line is about.
                 with contextlib.suppress(OSError):
-                    file.write(line.encode())
+                    log.write(line.encode())
                 self._last_lines[index] = line.strip() or self._last_lines[index]
                 self._show(index, line.rstrip("\n"))
 

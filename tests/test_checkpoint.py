@@ -3,12 +3,15 @@
 import errno
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import tensorflow as tf
 from test_steps import train
 
 from trainer import storage
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.config import Config
 from trainer.errors import Stopped
 
 
@@ -16,7 +19,7 @@ from trainer.errors import Stopped
 def checkpoints(tmp_path: Path) -> Checkpoints:
     """Steps 1 and 2, whose best weights are those of 1 and of 2."""
     _, _, state = train(1, 1, model="cnn")
-    found = Checkpoints(tmp_path, state, keep=3, is_chief=True)
+    found = Checkpoints(tmp_path, state, Config(early_stopping_patience=2), is_chief=True)
     for step in (1, 2):
         found.save_best(step)
         found.save(Progress(step=step, best_step=step))
@@ -38,10 +41,16 @@ def test_damaged_best_weights_are_known_at_the_start_and_not_after_the_last_step
     with pytest.raises(Stopped, match=r"best-00000002 is damaged \(.*\): start again to go on from before it"):
         checkpoints.restore_best(2)
     assert checkpoints.restore_latest().step == 1
-    assert "step-00000002 is damaged" in caplog.text
+    assert "step-00000002 is damaged (its best weights, best-00000002: " in caplog.text
     assert "function_node" not in caplog.text
     for variable, value in zip(checkpoints._state.inference.variables, weights, strict=True):
         assert (variable.numpy() == value).all()
+
+
+def test_damaged_best_weights_that_nobody_needs_are_no_damage(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    damage(tmp_path / "checkpoints" / "best-00000002")
+    shutil.rmtree(tmp_path / "checkpoints" / "best-00000001")
+    assert Checkpoints(tmp_path, checkpoints._state, Config(), is_chief=True).restore_latest().step == 2
 
 
 @pytest.mark.parametrize("name", ["step-00000002", "best-00000002"])
@@ -70,12 +79,23 @@ def stale(*_: object, **__: object) -> None:
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        tf.errors.ResourceExhaustedError(None, None, "Out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_newest_checkpoint_that_is_not_read_this_time_is_neither_passed_over_nor_removed(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", stale)
-        with pytest.raises(Stopped, match=r"step-00000002 cannot be read \(Stale file handle\): .*, move it elsewhere"):
+        patch.setattr(Path, "read_text", Mock(side_effect=error))
+        words = rf"step-00000002 cannot be read \({storage.reason_of(error)}\): .*, move it elsewhere"
+        with pytest.raises(Stopped, match=words):
             checkpoints.restore_latest()
     assert checkpoints.restore_latest().step == 2
 
@@ -96,7 +116,7 @@ def test_folder_that_cannot_be_made_is_no_defect(
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", stale)
     with pytest.raises(Stopped, match=r"new/checkpoints cannot be written \(Stale file handle\): no checkpoint yet"):
-        Checkpoints(tmp_path / "new", checkpoints._state, keep=3, is_chief=True)
+        Checkpoints(tmp_path / "new", checkpoints._state, Config(), is_chief=True)
 
 
 def test_copy_beside_the_checkpoints_is_none(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer import machine, storage, trial, tune
-from trainer.errors import RequestError
+from trainer.errors import RequestError, Stopped
 from trainer.search import Search
 
 
@@ -136,3 +136,18 @@ def test_job_whose_folder_another_process_has_taken_leaves_it_alone(start_job) -
     last = job.log.read_text().splitlines()[-1]
     assert f"--model_dir={job.model_dir} was taken by another process: this one writes nothing more there" in last
     assert json.loads(path.read_text()) == content, "how this one ended is nothing of the other's"
+
+
+def test_disk_that_is_full_when_a_run_takes_its_folder_is_a_stop(
+    run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = storage.write_json
+
+    def full(path: Path, content: dict) -> None:
+        if path.name == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write_json", full)
+    with pytest.raises(Stopped, match=r"config\.json cannot be written \(No space left on device\): start again"):
+        run_here(max_steps=1)

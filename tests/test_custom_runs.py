@@ -14,6 +14,7 @@ from own_networks import END, START, TELLS
 from test_steps import train
 
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.config import Config
 from trainer.errors import RequestError
 from trainer.layers import drop_by_position, training_on
 
@@ -25,7 +26,7 @@ def test_random_state_of_a_networks_own_layers_is_saved(module, tmp_path: Path) 
     _, _, state = train(1, 2, model="mine:build")
     (seed,) = (variable for variable in state.model.variables if variable.name == "seed_generator_state")
     drawn = seed.numpy()
-    checkpoints = Checkpoints(tmp_path, state, keep=1, is_chief=True)
+    checkpoints = Checkpoints(tmp_path, state, Config(), is_chief=True)
     checkpoints.save(Progress(step=2))
     seed.assign(drawn + 5)
     assert checkpoints.restore_latest().step == 2

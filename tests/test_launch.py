@@ -281,6 +281,12 @@ def test_log_that_cannot_be_written_costs_no_output_and_no_exit_code(tmp_path: P
     assert shown == ["one", "two"]
 
 
+def test_log_that_cannot_be_opened_is_told_before_its_worker_starts(tmp_path: Path) -> None:
+    (tmp_path / "worker-1.log").mkdir()
+    with pytest.raises(RequestError, match=r"worker-1\.log: cannot be written: Is a directory"):
+        Workers([["sleep", "100"]] * 2, [{}] * 2, tmp_path, lambda *_: None)
+
+
 def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.local", *argv]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)

@@ -214,3 +214,32 @@ def test_job_leaves_no_temporary_files(start_job, tmp_path: Path) -> None:
     temporary.mkdir()
     start_job({"TMPDIR": str(temporary)}, strategy="mirrored", num_devices=2, epochs=1).finish()
     assert [path.name for path in temporary.rglob("*") if path.is_file()] == []
+
+
+def test_lock_of_a_folder_that_was_taken_away_keeps_nobody_out(tmp_path: Path) -> None:
+    """Whoever waited for it makes the folder again, and holds that one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = locks.exclusive(folder, needed=True)
+    first.__enter__()
+    waits = iter([None])
+
+    def leave() -> bool:
+        if next(waits, "over") is None:
+            first.__exit__(None, None, None)
+            assert not folder.exists()
+        return False
+
+    with locks.exclusive(folder, needed=True, patience=60, stopped=leave):
+        (folder / "config.json").touch()
+        with pytest.raises(RequestError, match="another job is writing there"):
+            locks.exclusive(folder, needed=True).__enter__()
+
+
+def test_token_on_a_full_disk_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(Stopped, match=r"\.lock cannot be written \(No space left on device\)"):
+        locks.write_token(tmp_path, "token")

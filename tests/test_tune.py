@@ -218,39 +218,6 @@ def test_several_share_a_search_and_finish_exactly_its_trials(search_in, runner)
     assert {found.user_attrs["restarts"] for found in trials} == {0}
 
 
-def test_search_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
-    config, searched = tune.task_of(FLAGS, space_file(tmp_path, "learning_rate: {low: 1e-4, high: 1e-1, log: true}"))
-
-    def draw(folder: Path, count: int) -> list[float]:
-        folder.mkdir(exist_ok=True)
-        drawn, search = [], Search(folder, searched, config, "sha", 20, "median")
-        for _ in range(count):
-            with search.next_trial() as (current, options):
-                drawn.append(options["learning_rate"])
-            search.tell(current, trial.Ending("complete", 1 - options["learning_rate"]))
-        return drawn
-
-    whole = draw(tmp_path / "whole", 14)
-    parts = [rate for _ in range(7) for rate in draw(tmp_path / "parts", 2)]
-    assert whole == parts
-    assert len(set(whole)) == 14
-    assert whole[0] == 0.01
-
-
-def test_search_of_few_choices_tries_each_once(tmp_path: Path) -> None:
-    text = "optimizer: [adam, sgd]\nl2: [0.0, 1.0e-4]\nglobal_batch_size: {low: 128, high: 192, step: 32}\n"
-    config, searched = tune.task_of(FLAGS, space_file(tmp_path, text))
-    assert space.size(searched) == 12
-    search = Search(tmp_path, searched, config, "sha", 14, "median")
-    drawn = []
-    for _ in range(14):
-        with search.next_trial() as (current, options):
-            drawn.append(tuple(options.values()))
-        search.tell(current, trial.Ending("failed" if len(drawn) == 5 else "complete", 0.9))
-    first = drawn[:4] + drawn[5:13]
-    assert len(set(first)) == 12, "the one that failed is tried again"
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -271,16 +238,6 @@ def test_other_space_or_data_in_the_same_folder_is_refused_with_the_difference(s
         Search(search.folder, searched, config, "sha", 1, "none")
     with pytest.raises(RequestError, match="data_sha256 sha -> other"):
         Search(search.folder, search.options, search.config, "other", 1, "none")
-
-
-def test_line_of_the_journal_that_a_kill_cut_off_is_passed_over(search_in) -> None:
-    search = search_in(0.1)
-    with open(search.folder / "journal.log", "a") as journal:
-        journal.write('{"op_code":4,"stu')
-    again = search_in(num_trials=2)
-    with again.next_trial() as (_, options):
-        assert options == {"learning_rate": 0.1}
-    assert [found.number for found in search_in(num_trials=2).trials()] == [0, 1]
 
 
 def test_search_without_a_complete_trial_says_so(search_in, runner) -> None:

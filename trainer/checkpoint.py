@@ -19,17 +19,21 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer import storage
+from trainer.config import Config
 from trainer.errors import RequestError, Stopped, is_fault
 from trainer.steps import State
 from trainer.tracing import graph
 
 _log = logging.getLogger("digitfleet")
-# What TensorFlow and JSON raise for files that are cut, changed or missing.
-_DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
-# What TensorFlow raises where files could not be read this time, whatever is in them.
-_FAILED = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
+# What TensorFlow, Python and JSON raise for files that are cut, changed or missing.
+_DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError,
+           FileNotFoundError, NotADirectoryError, IsADirectoryError,
+           ValueError, TypeError, AssertionError, LookupError, RuntimeError)  # fmt: skip
+# And, among others, where files could not be read this time, whatever is in them.
+_UNREADABLE = (*_DAMAGE, tf.errors.OpError, OSError)
 # What TensorFlow raises where files cannot be written. Others are a defect of what was to be computed or traced.
-WRITE_ERRORS = (*_FAILED, tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError,
+WRITE_ERRORS = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
+                tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError,
                 tf.errors.NotFoundError, tf.errors.DataLossError)  # fmt: skip
 # Of TensorFlow's variables, and of Keras's on several replicas.
 _OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
@@ -55,19 +59,26 @@ class Progress:
 
 
 class Checkpoints:
-    """Saves and restores one job's state in `model_dir`/checkpoints."""
+    """Saves and restores one job's state in `model_dir`/checkpoints.
+
+    Args:
+        model_dir: the run's folder.
+        state: what is saved.
+        config: how many checkpoints are kept, and whether the job ends with the best weights or the last.
+        is_chief: whether this worker writes.
+        check: raises where the folder is not this job's any more.
+    """
 
     def __init__(
-        self, model_dir: Path, state: State, *, keep: int, is_chief: bool, check: Callable[[], object] = lambda: None
+        self, model_dir: Path, state: State, config: Config, *, is_chief: bool, check: Callable[[], object] = lambda: None
     ) -> None:
         self._folder = model_dir / "checkpoints"
         if is_chief:
             with storage.stop_when_full(str(self._folder), self.describe):
                 self._folder.mkdir(exist_ok=True)
         self._state = state
-        self._keep = keep
+        self._keep, self._needs_best = config.keep_checkpoints, bool(config.early_stopping_patience)
         self._is_chief = is_chief
-        # Raises where the folder is not this job's any more.
         self._check = check
         # What layers of a user's draw numbers from, which Keras 3.15 keeps where TensorFlow's checkpoints do not look.
         seeds = [variable.value for variable in state.model.variables if variable.name == "seed_generator_state"]
@@ -119,8 +130,24 @@ class Checkpoints:
         path = self._path("best", step)
         try:
             self._read_best(step)
-        except _DAMAGE as error:
+        except _UNREADABLE as error:
             raise Stopped(f"{path} is damaged ({storage.reason_of(error)}): start again to go on from before it") from error
+
+    def _look_at_best(self, step: int) -> None:
+        """Damage in them would otherwise show after the last step. The inference weights of the checkpoint come next.
+
+        Raises:
+            RuntimeError: they are damaged, or gone.
+            OSError, OpError: they could not be read this time.
+        """
+        try:
+            if not (self._path("best", step) / "state.index").exists():
+                raise FileNotFoundError("gone")
+            self._read_best(step)
+        except AssertionError:  # They are of another network.
+            raise
+        except _DAMAGE as error:
+            raise RuntimeError(f"its best weights, {self._path('best', step).name}: {storage.reason_of(error)}") from error
 
     def _read_best(self, step: int) -> None:
         self._best.read(str(self._path("best", step) / "state")).assert_consumed()
@@ -139,13 +166,10 @@ class Checkpoints:
             path = self._path("step", step)
             try:
                 progress = Progress(**json.loads((path / "loop.json").read_text()))
-                if progress.best_step >= 0:
-                    if not (self._path("best", progress.best_step) / "state.index").exists():
-                        raise FileNotFoundError(f"the best weights of step {progress.best_step} are gone")
-                    # Damage in them would otherwise show after the last step. The inference weights of this step come next.
-                    self._read_best(progress.best_step)
+                if self._needs_best and progress.best_step >= 0:
+                    self._look_at_best(progress.best_step)
                 self._everything.read(str(path / "state")).assert_consumed()
-            except _DAMAGE as error:
+            except _UNREADABLE as error:
                 first_line = (str(error).splitlines() or [""])[0]
                 # The options are the run's own: what they name has become another network since.
                 if isinstance(error, AssertionError) or any(words in first_line for words in _OTHER_SHAPE):
@@ -153,7 +177,7 @@ class Checkpoints:
                         f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
-                if is_fault(error) or isinstance(error, _FAILED):
+                if is_fault(error) or not isinstance(error, _DAMAGE):
                     raise Stopped(
                         f"checkpoint {path} cannot be read ({storage.reason_of(error)}): where that stays so, move it elsewhere "
                         "to go on from the one before it"

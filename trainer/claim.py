@@ -92,7 +92,8 @@ class Start:
             },
             "starts": [*(before.get("starts", []) if restarts else []), start],
         }
-        storage.write_json(self._path, content)
+        with storage.stop_when_full(str(self._path), lambda: "start again when there is room"):
+            storage.write_json(self._path, content)
 
     def note(self, **values: Any) -> None:
         """Adds to the entry, once there is one: the step that training goes on from, or how it ended.
@@ -103,7 +104,8 @@ class Start:
         if self._id:
             content = self.check()
             content["starts"][-1].update(values)
-            storage.write_json(self._path, content)
+            with storage.stop_when_full(str(self._path), lambda: "what has been saved stays"):
+                storage.write_json(self._path, content)
 
     def check(self) -> dict[str, Any]:
         """The content of config.json, in which this entry is the last; asked before anything is written beside it.

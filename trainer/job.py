@@ -119,7 +119,7 @@ def _train(
     state, plain = make_state(config, plan, dataset, topology)
     agreement = Agreement(state, topology.num_replicas, cluster)
     sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
-    checkpoints = Checkpoints(model_dir, state, keep=config.keep_checkpoints, is_chief=topology.is_chief, check=start.check)
+    checkpoints = Checkpoints(model_dir, state, config, is_chief=topology.is_chief, check=start.check)
     progress = _restore(checkpoints, agreement, sum_over_workers, config.model_dir, restarts)
     start.note(step=progress.step)
     watch.feed("timing what the replicas exchange", compiles=True)

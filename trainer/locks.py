@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,19 +43,24 @@ def exclusive(
     if not needed:
         yield
         return
-    try:
-        opened = open(folder / LOCK, "a")  # noqa: SIM115
-    except OSError as error:
-        raise RequestError(f"{flag}={folder}: {LOCK} in it cannot be opened: {error.strerror}") from error
-    with opened as lock:
-        deadline = time.monotonic() + patience
-        while not _lock(lock):
-            if not patience:
-                raise RequestError(f"{flag}={folder}: another job is writing there")
-            if stopped() or time.monotonic() > deadline:
-                waited = patience - (deadline - time.monotonic())
-                raise Stopped(f"{flag}={folder}: another job is writing there, still after {waited:.0f} s")
-            time.sleep(0.5)
+    deadline = time.monotonic() + patience
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                lock = held.enter_context(open(folder / LOCK, "a"))
+            except OSError as error:
+                raise RequestError(f"{flag}={folder}: {LOCK} in it cannot be opened: {error.strerror}") from error
+            while not _lock(lock):
+                if not patience:
+                    raise RequestError(f"{flag}={folder}: another job is writing there")
+                if stopped() or time.monotonic() > deadline:
+                    waited = patience - (deadline - time.monotonic())
+                    raise Stopped(f"{flag}={folder}: another job is writing there, still after {waited:.0f} s")
+                time.sleep(0.5)
+            if _is_there(lock):
+                break
+            # Whoever held it has left nothing in the folder, and has taken it away.
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:
@@ -83,6 +89,14 @@ def _lock(file: IO[str], *, wait: bool = False) -> bool:
     return True
 
 
+def _is_there(file: IO[str]) -> bool:
+    """Whether an open file is still the one of its name: one that was removed keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except FileNotFoundError:
+        return False
+
+
 def _remove_if_unused(folder: Path, lock: Path) -> None:
     """Takes a folder away in which a refused job has left nothing."""
     # It may have been removed by somebody else, or the storage has failed: the job's end is another story.
@@ -94,8 +108,9 @@ def _remove_if_unused(folder: Path, lock: Path) -> None:
 
 def write_token(folder: Path, token: str) -> None:
     """Leaves a token in the folder, in the file that the chief holds, for `wait_for_token` on another worker."""
-    # In place: a renamed file would not be the one that is locked.
-    (folder / LOCK).write_text(json.dumps({"token": token}))
+    with storage.stop_when_full(str(folder / LOCK), lambda: "start again when there is room"):
+        # In place: a renamed file would not be the one that is locked.
+        (folder / LOCK).write_text(json.dumps({"token": token}))
 
 
 def wait_for_token(folder: Path, token: str, writer: str, stopped: Callable[[], object] = lambda: False) -> None:

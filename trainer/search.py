@@ -5,6 +5,7 @@ dies, however it dies: a trial that is running and that nobody holds is taken up
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -237,7 +238,16 @@ class _JournalLock(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         self._file = open(f"{self._path}.lock", "ab")  # noqa: SIM115  (closed by release)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            self.release()
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise RequestError(
+                f"--study_dir={Path(self._path).parent}: its file system has no locks ({error.strerror}), which a search needs: "
+                "give a folder on another, or mount this one with locks"
+            ) from error
         with open(self._path, "rb+") as journal:
             if journal.seek(0, os.SEEK_END) and (journal.seek(-1, os.SEEK_CUR), journal.read())[1] != b"\n":
                 journal.seek(0)

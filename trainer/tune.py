@@ -102,12 +102,25 @@ class Runner:
             ending = trial.attempt(command, environment, folder, prune, self._stopping, grace_secs)
             if ending.kind == "stopped":
                 return
+            if ending.kind in ("refused", "died"):
+                self._check_storage()
             if ending.kind != "died" or self._search.count_death(current) > self._max_retries:
                 break
             console.say(f"trial {current.number:4d}  {ending.reason}: started again")
         self._search.tell(current, ending)
         console.say(self._line(current.number, options, ending))
         winner.update_report(self._search)
+
+    def _check_storage(self) -> None:
+        """Of a trial that could not write nothing is known: it is still to be done.
+
+        Raises:
+            Stopped: nobody could write there.
+        """
+        try:
+            storage.prepare_folder(self._search.folder, "--study_dir")
+        except RequestError as error:
+            raise Stopped(f"{error}: finished trials stay; the same command goes on") from error
 
     def _changed(self, options: dict[str, Any]) -> str:
         changed = [f"{name}={_short(value)}" for name, value in options.items() if value != getattr(self._search.config, name)]

@@ -1,6 +1,7 @@
 """What comes out of a search: the best configuration as a preset, its one look at the test set, and the report."""
 
 import dataclasses
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from trainer import console, evaluate, locks, storage, trial
 from trainer.errors import JobError
 from trainer.search import Search
 
+_log = logging.getLogger("digitfleet")
 PRESET, RESULT = "best.yaml", "result.json"
 _REPORT_LOCK = ".report.lock"
 
@@ -98,7 +100,12 @@ def _write_report(search: Search, result: dict[str, Any] | None) -> None:
     # Only now: drawing takes a second to import.
     from trainer import search_report
 
-    search_report.write(search, result)
+    try:
+        search_report.write(search, result)
+    except OSError:
+        raise
+    except Exception:
+        _log.exception("the report could not be drawn; the search is not affected")
 
 
 def show(search: Search, result: dict[str, Any]) -> None:
