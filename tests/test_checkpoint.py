@@ -12,7 +12,7 @@ from test_steps import train
 from trainer import storage
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import Config
-from trainer.errors import Stopped
+from trainer.errors import RequestError, Stopped
 
 
 @pytest.fixture
@@ -80,22 +80,22 @@ def stale(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "kind"),
     [
-        OSError(errno.ESTALE, "Stale file handle"),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        PermissionError(errno.EACCES, "Permission denied"),
-        tf.errors.ResourceExhaustedError(None, None, "Out of memory"),
+        (OSError(errno.ESTALE, "Stale file handle"), Stopped),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Stopped),
+        (tf.errors.ResourceExhaustedError(None, None, "Out of memory"), Stopped),
+        (PermissionError(errno.EACCES, "Permission denied"), RequestError),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=["stale", "memory", "TensorFlow's", "permission"],
 )
 def test_newest_checkpoint_that_is_not_read_this_time_is_neither_passed_over_nor_removed(
-    error: Exception, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+    error: Exception, kind: type[Exception], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", Mock(side_effect=error))
         words = rf"step-00000002 cannot be read \({storage.reason_of(error)}\): .*, move it elsewhere"
-        with pytest.raises(Stopped, match=words):
+        with pytest.raises(kind, match=words):
             checkpoints.restore_latest()
     assert checkpoints.restore_latest().step == 2
 

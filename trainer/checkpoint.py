@@ -156,7 +156,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole; says which ones are not. None if there has never been one.
 
         Raises:
-            RequestError: the newest that is whole has other variables than this job.
+            RequestError: the newest that is whole has other variables than this job, or must not be read.
                 Or all are damaged: no new start changes that.
             Stopped: the storage has failed: what it does not give this time may be whole.
         """
@@ -178,7 +178,9 @@ class Checkpoints:
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
                 if is_fault(error) or not isinstance(error, _DAMAGE):
-                    raise Stopped(
+                    # No new start changes who may read it.
+                    refused = isinstance(error, PermissionError | tf.errors.PermissionDeniedError)
+                    raise (RequestError if refused else Stopped)(
                         f"checkpoint {path} cannot be read ({storage.reason_of(error)}): where that stays so, move it elsewhere "
                         "to go on from the one before it"
                     ) from error
