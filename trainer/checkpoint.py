@@ -20,21 +20,18 @@ import tensorflow as tf
 
 from trainer import storage
 from trainer.config import Config
-from trainer.errors import RequestError, Stopped, is_fault
+from trainer.errors import RequestError, Stopped
 from trainer.steps import State
 from trainer.tracing import graph
 
 _log = logging.getLogger("digitfleet")
-# What TensorFlow, Python and JSON raise for files that are cut, changed or missing.
-_DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError,
-           FileNotFoundError, NotADirectoryError, IsADirectoryError,
-           ValueError, TypeError, AssertionError, LookupError, RuntimeError)  # fmt: skip
-# And, among others, where files could not be read this time, whatever is in them.
-_UNREADABLE = (*_DAMAGE, tf.errors.OpError, OSError)
+# What TensorFlow and JSON raise for files that are cut, changed or missing: of a short index a bare OpError.
+_DAMAGE = (tf.errors.OpError, OSError, ValueError, TypeError, AssertionError, LookupError, RuntimeError)
+# What TensorFlow raises where files could not be read this time, whatever is in them.
+_FAILED = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
+           tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError)  # fmt: skip
 # What TensorFlow raises where files cannot be written. Others are a defect of what was to be computed or traced.
-WRITE_ERRORS = (tf.errors.UnknownError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
-                tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError,
-                tf.errors.NotFoundError, tf.errors.DataLossError)  # fmt: skip
+WRITE_ERRORS = (*_FAILED, tf.errors.FailedPreconditionError, tf.errors.NotFoundError, tf.errors.DataLossError)
 # Of TensorFlow's variables, and of Keras's on several replicas.
 _OTHER_SHAPE = ("incompatible tensor", "`variable.assign(value)` must match")
 
@@ -130,7 +127,7 @@ class Checkpoints:
         path = self._path("best", step)
         try:
             self._read_best(step)
-        except _UNREADABLE as error:
+        except _DAMAGE as error:
             raise Stopped(f"{path} is damaged ({storage.reason_of(error)}): start again to go on from before it") from error
 
     def _look_at_best(self, step: int) -> None:
@@ -144,9 +141,10 @@ class Checkpoints:
             if not (self._path("best", step) / "state.index").exists():
                 raise FileNotFoundError("gone")
             self._read_best(step)
-        except AssertionError:  # They are of another network.
-            raise
         except _DAMAGE as error:
+            # Of another network; or the storage has failed.
+            if isinstance(error, AssertionError) or _is_failure(error):
+                raise
             raise RuntimeError(f"its best weights, {self._path('best', step).name}: {storage.reason_of(error)}") from error
 
     def _read_best(self, step: int) -> None:
@@ -169,7 +167,7 @@ class Checkpoints:
                 if self._needs_best and progress.best_step >= 0:
                     self._look_at_best(progress.best_step)
                 self._everything.read(str(path / "state")).assert_consumed()
-            except _UNREADABLE as error:
+            except _DAMAGE as error:
                 first_line = (str(error).splitlines() or [""])[0]
                 # The options are the run's own: what they name has become another network since.
                 if isinstance(error, AssertionError) or any(words in first_line for words in _OTHER_SHAPE):
@@ -177,7 +175,7 @@ class Checkpoints:
                         f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
-                if is_fault(error) or not isinstance(error, _DAMAGE):
+                if _is_failure(error):
                     # No new start changes who may read it.
                     refused = isinstance(error, PermissionError | tf.errors.PermissionDeniedError)
                     raise (RequestError if refused else Stopped)(
@@ -238,6 +236,12 @@ class Checkpoints:
         names = (path.name.removeprefix(f"{kind}-") for path in self._folder.glob(f"{kind}-*"))
         # Somebody may have put a copy beside them.
         return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether files could not be read this time, whatever is in them."""
+    lost = FileNotFoundError, NotADirectoryError, IsADirectoryError
+    return isinstance(error, _FAILED) or (isinstance(error, OSError) and not isinstance(error, lost))
 
 
 def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:
