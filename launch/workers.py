@@ -40,7 +40,11 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._last_lines = [""] * len(commands)
         self.processes: list[subprocess.Popen[str]] = []
-        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
+            raise RequestError(f"{log_dir}: no folder for logs can be made there: {reason}") from error
         try:
             for index, (command, environment) in enumerate(zip(commands, environments, strict=True)):
                 self._start(index, command, environment, log_dir / f"{kind}-{index}.log")

@@ -47,6 +47,19 @@ def test_damaged_best_weights_are_known_at_the_start_and_not_after_the_last_step
         assert (variable.numpy() == value).all()
 
 
+def test_best_weights_that_are_gone_are_what_every_checkpoint_is_without(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints" / f"best-0000000{step}")
+    with pytest.raises(RequestError, match=r"every checkpoint in .* is damaged, or its best weights are: bring one back"):
+        checkpoints.restore_latest()
+
+
+def test_best_weights_that_are_not_read_this_time_are_named(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_read_best", stale)
+    with pytest.raises(Stopped, match=r"best-00000002 cannot be read \(Stale file handle\)$"):
+        checkpoints.restore_latest()
+
+
 def test_damaged_best_weights_that_nobody_needs_are_no_damage(checkpoints: Checkpoints, tmp_path: Path) -> None:
     damage(tmp_path / "checkpoints" / "best-00000002")
     shutil.rmtree(tmp_path / "checkpoints" / "best-00000001")

@@ -287,6 +287,12 @@ def test_log_that_cannot_be_opened_is_told_before_its_worker_starts(tmp_path: Pa
         Workers([["sleep", "100"]] * 2, [{}] * 2, tmp_path, lambda *_: None)
 
 
+def test_file_in_place_of_the_folder_of_logs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(RequestError, match="logs: no folder for logs can be made there: is a file"):
+        Workers([["sleep", "100"]], [{}], tmp_path / "logs", lambda *_: None)
+
+
 def launch_local(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.local", *argv]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)

@@ -291,8 +291,10 @@ def test_dark_pictures_are_not_made_bright(digits, model_dir: Path) -> None:
     # A little above 1, as after resizing, is still the scale of 1.
     scaled = np.where(dark, 1.002, 0).astype(np.float32)
     np.testing.assert_allclose(reader.run("serving_default", scaled)["probabilities"], bright, atol=0.01)
-    with pytest.raises(RequestError, match="these go from -1 to 1"):
-        reader.run("serving_default", np.where(dark, 1.000001, -1).astype(np.float32))
+    # PyTorch's way to scale MNIST, values stretched beyond 1, and from -1 to 1.
+    for pixels in ((dark - 0.1307) / 0.3081, dark * 1.5, 2.0001 * dark - 1, dark * 300.0):
+        with pytest.raises(RequestError, match="expected pixels from 0 to 255, or from 0 to 1; these go from"):
+            reader.run("serving_default", pixels.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", ["csv", "npz", "idx", "folders of colour"])

@@ -116,3 +116,12 @@ def test_colour_among_gray_is_no_damage_that_is_left_out(tmp_path: Path) -> None
     assert "001.png: in colour, where those looked at first are gray" in prepare(*given, code=2)
     assert not (tmp_path / "out").exists()
     assert "7 classes" in prepare(*given, "--channels=1")
+
+
+def test_class_none_of_whose_pictures_can_be_read_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path / "in", GRAY, LABELS)
+    for path in (tmp_path / "in" / "cat").iterdir():
+        path.write_bytes(b"no picture")
+    given = f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2", "--on_error=skip"
+    assert "not one picture of the class cat in the training set can be read" in prepare(*given, code=2)
+    assert not (tmp_path / "out" / "dataset.json").exists()

@@ -121,6 +121,13 @@ def test_damaged_records_alone_are_skipped_and_counted(folder: Path, caplog: pyt
     assert found.sha256 != load(write(folder.parent / "whole")).sha256
 
 
+def test_damage_in_the_first_record_of_a_shard_is_named(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[MIDDLE] ^= 1
+    (folder / SHARD).write_bytes(content)
+    assert damage.first_damage(dataset.load(str(folder)).train, lambda _: None) == f"{folder / SHARD}: a damaged record at byte 0"
+
+
 def test_length_that_is_damaged_hides_no_more_than_its_segment(folder: Path) -> None:
     flip(folder / SHARD, offsets_in(folder / SHARD)[7] + 1)
     found = load(folder, on_error="skip")

@@ -134,18 +134,19 @@ class Checkpoints:
         """Damage in them would otherwise show after the last step. The inference weights of the checkpoint come next.
 
         Raises:
-            RuntimeError: they are damaged, or gone.
-            OSError, OpError: they could not be read this time.
+            BestLostError: they are damaged, or gone.
+            RequestError, Stopped: they could not be read this time.
         """
+        path = self._path("best", step)
         try:
-            if not (self._path("best", step) / "state.index").exists():
+            if not (path / "state.index").exists():
                 raise FileNotFoundError("gone")
             self._read_best(step)
+        except AssertionError:  # Of another network.
+            raise
         except _DAMAGE as error:
-            # Of another network; or the storage has failed.
-            if isinstance(error, AssertionError) or _is_failure(error):
-                raise
-            raise RuntimeError(f"its best weights, {self._path('best', step).name}: {storage.reason_of(error)}") from error
+            _refuse_failure(path, error, "")
+            raise BestLostError(f"its best weights, {path.name}: {storage.reason_of(error)}") from error
 
     def _read_best(self, step: int) -> None:
         self._best.read(str(self._path("best", step) / "state")).assert_consumed()
@@ -175,21 +176,16 @@ class Checkpoints:
                         f"checkpoint {path} is of another network ({first_line[:200]}): undo what has changed in the code of "
                         "--model or in the versions of config.json, or give another --model_dir"
                     ) from error
-                if _is_failure(error):
-                    # No new start changes who may read it.
-                    refused = isinstance(error, PermissionError | tf.errors.PermissionDeniedError)
-                    raise (RequestError if refused else Stopped)(
-                        f"checkpoint {path} cannot be read ({storage.reason_of(error)}): where that stays so, move it elsewhere "
-                        "to go on from the one before it"
-                    ) from error
+                _refuse_failure(path, error, ": where that stays so, move it elsewhere to go on from the one before it")
                 _log.warning("checkpoint %s is damaged (%s): trying the one before it", path, storage.reason_of(error))
                 damage = error
                 continue
             return progress
         if damage is None:
             return None
+        best = ", or its best weights are" if isinstance(damage, BestLostError) else ""
         raise RequestError(
-            f"every checkpoint in {self._folder} is damaged: bring one back, or give another --model_dir to start again"
+            f"every checkpoint in {self._folder} is damaged{best}: bring one back, or give another --model_dir to start again"
         ) from damage
 
     def remove_newer(self, step: int) -> None:
@@ -238,10 +234,22 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _is_failure(error: Exception) -> bool:
-    """Whether files could not be read this time, whatever is in them."""
+class BestLostError(RuntimeError):
+    """Of a checkpoint that is whole, the best weights are not."""
+
+
+def _refuse_failure(path: Path, error: Exception, hint: str) -> None:
+    """Tells damage from files that could not be read this time, whatever is in them.
+
+    Raises:
+        RequestError: they must not be read: no new start changes that.
+        Stopped: the storage has failed.
+    """
     lost = FileNotFoundError, NotADirectoryError, IsADirectoryError
-    return isinstance(error, _FAILED) or (isinstance(error, OSError) and not isinstance(error, lost))
+    if isinstance(error, _FAILED) or (isinstance(error, OSError) and not isinstance(error, lost)):
+        refused = isinstance(error, PermissionError | tf.errors.PermissionDeniedError)
+        kind = RequestError if refused else Stopped
+        raise kind(f"checkpoint {path} cannot be read ({storage.reason_of(error)}){hint}") from error
 
 
 def _make_write(checkpoint: tf.train.Checkpoint, state: State) -> Callable[[str], None]:

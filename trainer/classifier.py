@@ -118,6 +118,10 @@ def _reason(error: tf.errors.InvalidArgumentError) -> str:
 
 
 def _are_pixels(given: np.ndarray) -> bool:
-    """Whether each of the images, float [N, H, W, C], is from 0 to 1 or from 0 to 255; which, its largest value says."""
-    scale = np.where(images.are_scaled(given), 1, 255)
-    return bool(((given >= -_SLACK * scale) & (given <= (1 + _SLACK) * scale)).all())
+    """Whether each of the images, float [N, H, W, C], is from 0 to 1 or from 0 to 255; which, its largest value says.
+
+    What is brighter than 1 and darker than 2 is neither: on the scale of 255 it would be blank.
+    """
+    largest = given.max(axis=(1, 2, 3), initial=0)
+    bright = np.squeeze(images.are_scaled(given), axis=(1, 2, 3)) | ((largest >= 2) & (largest <= 255 + _SLACK * 255))
+    return bool(given.min(initial=0) >= -_SLACK and bright.all())

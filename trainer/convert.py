@@ -242,9 +242,9 @@ def _description(
             ],
             "index": _write_index(output / f"{split}.segments.npy", [notes[name]["segments"] for name in own]),
         }
-    trained, tested = (splits[split]["class_counts"] for split in ("train", "test"))
-    for name, *counts in zip(collection.class_names, trained, tested, strict=True):
-        if not counts[0] and counts[1]:
+    listed = np.bincount(collection.splits["train"].labels, minlength=len(collection.class_names))
+    for name, before, count in zip(collection.class_names, listed, splits["train"]["class_counts"], strict=True):
+        if before and not count:
             raise RequestError(f"not one picture of the class {name} in the training set can be read")
     train = [notes[shard.name] for shard in shards if shard.split == "train"]
     num_pixels = sum(note["num_pixels"] for note in train)

@@ -95,7 +95,8 @@ def _verified_segment(
     while count:
         whole = _whole_records(file, offset, count)
         found += [(shard, offset, whole)] if whole else []
-        offset = _after(content, offset, whole) or end
+        passed = _after(content, offset, whole)
+        offset = end if passed is None else passed
         count -= whole
         if count:
             after = _next_record(content, offset)
