@@ -139,12 +139,12 @@ class Search:
         return new if self._hold(held, new.number) else None
 
     def _draw(self, started: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """The options of the next trial: none that has been tried, as they would train the same weights again.
+        """The options of the next trial: none that has been tried, as they would train the same weights again, or fail again.
 
         Where the sampler knows no other, as in a space of few choices, chance is asked; it may find none.
         """
-        known = [found for found in started if found.state != TrialState.FAIL]
-        tried, values = [found.params for found in known], {}
+        tried: list[dict[str, Any]] = [found.params for found in started]
+        values: dict[str, Any] = {}
         for attempt in range(_MOST_DRAWS):
             # By number: a search that is resumed draws what it would have drawn.
             sequence = np.random.SeedSequence([self.config.seed, len(started), attempt][: 3 if attempt else 2])
@@ -155,7 +155,7 @@ class Search:
                 if attempt < _MOST_GUIDED_DRAWS
                 else optuna.samplers.RandomSampler(seed),
             )
-            study.add_trials(known)
+            study.add_trials(started)
             values = space.draw(study.ask(), self.options)
             if values not in tried:
                 break
