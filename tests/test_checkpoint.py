@@ -139,3 +139,29 @@ def test_copy_beside_the_checkpoints_is_none(checkpoints: Checkpoints, tmp_path:
     assert checkpoints.restore_latest().step == 3
     checkpoints.remove_newer(3)
     assert copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "loop.json has no progress in it"),
+        ("[]", "loop.json has no progress in it"),
+        ('{"step": 2', "loop.json has no progress in it"),
+        ('{"step": 2, "speed": 3}', "loop.json has no progress in it"),
+        ('{"step": 600}', "loop.json is not of step 2"),
+        ('{"step": 2, "best_step": "x"}', "loop.json is not of step 2"),
+    ],
+)
+def test_progress_that_is_not_the_checkpoints_is_damage(
+    content: str, words: str, checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "checkpoints" / "step-00000002" / "loop.json").write_text(content)
+    assert checkpoints.restore_latest().step == 1
+    assert f"step-00000002 is damaged ({words})" in caplog.text
+
+
+def test_file_in_place_of_the_checkpoints_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "checkpoints").touch()
+    with pytest.raises(RequestError, match="checkpoints is a file, and checkpoints want a folder: remove it"):
+        Checkpoints(tmp_path / "new", checkpoints._state, Config(), is_chief=True)

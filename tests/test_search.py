@@ -52,11 +52,14 @@ def test_search_of_few_choices_tries_each_once(tmp_path: Path) -> None:
     assert space.size(searched) == 12
     search = Search(tmp_path, searched, config, "sha", 14, "median")
     drawn = []
-    for _ in range(14):
+    for number in range(12):
         with search.next_trial() as (current, options):
             drawn.append(tuple(options.values()))
-        search.tell(current, trial.Ending("failed" if len(drawn) == 5 else "complete", 0.9))
-    assert len(set(drawn[:12])) == 12, "also after one that failed"
+        search.tell(current, trial.Ending("failed" if number == 5 else "complete", 0.9))
+    assert len(set(drawn)) == 12
+    with search.next_trial() as none:
+        assert none is None
+    assert search.finished == search.num_trials == 11, "what has failed is not tried again, nor another twice"
 
 
 def test_line_of_the_journal_that_a_kill_cut_off_is_passed_over(search_in) -> None:

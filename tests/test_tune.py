@@ -206,7 +206,7 @@ def test_several_share_a_search_and_finish_exactly_its_trials(search_in, runner)
     searches = [search_in(num_trials=7) for _ in range(2)]
     for search in searches:
         # Without the ends that are failures: any number of those would be right.
-        search.options = {"learning_rate": optuna.distributions.CategoricalDistribution(CHOICES[:4])}
+        search.options = {"learning_rate": optuna.distributions.FloatDistribution(0.01, 0.5)}
         search._enqueue_defaults()
     threads = [threading.Thread(target=runner(search).run, args=(3,)) for search in searches]
     for thread in threads:

@@ -72,7 +72,10 @@ class Checkpoints:
         self._folder = model_dir / "checkpoints"
         if is_chief:
             with storage.stop_when_full(str(self._folder), self.describe):
-                self._folder.mkdir(exist_ok=True)
+                try:
+                    self._folder.mkdir(exist_ok=True)
+                except FileExistsError as error:
+                    raise RequestError(f"{self._folder} is a file, and checkpoints want a folder: remove it") from error
         self._state = state
         self._keep, self._needs_best = config.keep_checkpoints, bool(config.early_stopping_patience)
         self._is_chief = is_chief
@@ -164,7 +167,7 @@ class Checkpoints:
         for step in reversed(self._steps("step")):
             path = self._path("step", step)
             try:
-                progress = Progress(**json.loads((path / "loop.json").read_text()))
+                progress = _progress_in(path / "loop.json", step)
                 if self._needs_best and progress.best_step >= 0:
                     self._look_at_best(progress.best_step)
                 self._everything.read(str(path / "state")).assert_consumed()
@@ -232,6 +235,27 @@ class Checkpoints:
         names = (path.name.removeprefix(f"{kind}-") for path in self._folder.glob(f"{kind}-*"))
         # Somebody may have put a copy beside them.
         return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _progress_in(path: Path, step: int) -> Progress:
+    """Where training was at a step, as its file says it.
+
+    Raises:
+        ValueError: it says something else.
+        OSError: it cannot be read.
+    """
+    usual = dataclasses.asdict(Progress())
+    try:
+        content = json.loads(path.read_text())
+        fits = content["step"] == step and all(
+            type(value) is type(usual[name]) or (type(usual[name]) is float and type(value) is int)
+            for name, value in content.items()
+        )
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path.name} has no progress in it") from error
+    if not fits:
+        raise ValueError(f"{path.name} is not of step {step}")
+    return Progress(**content)
 
 
 class BestLostError(RuntimeError):

@@ -7,6 +7,7 @@ dies, however it dies: a trial that is running and that nobody holds is taken up
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.config import Config
 from trainer.errors import JobError, RequestError
 from trainer.space import Space
 
+_log = logging.getLogger("digitfleet")
 PRUNERS = ("median", "halving", "none")
 _IDENTITY = "identity"
 _SPACE_OF = "space of "
@@ -134,17 +136,22 @@ class Search:
         if self.finished + len(running) >= self.num_trials:
             return None
         if len(trials) == len(started):
-            self.study.enqueue_trial(self._draw(started))
+            options = self._draw(started)
+            if options is None:
+                # What has failed is not tried again: there are fewer trials than were asked for.
+                self.num_trials = self.finished + len(running)
+                _log.info("note: no other choice is left in the space: the search ends with %d trials", self.num_trials)
+                return None
+            self.study.enqueue_trial(options)
         new = self.study.ask()
         return new if self._hold(held, new.number) else None
 
-    def _draw(self, started: Sequence[FrozenTrial]) -> dict[str, Any]:
+    def _draw(self, started: Sequence[FrozenTrial]) -> dict[str, Any] | None:
         """The options of the next trial: none that has been tried, as they would train the same weights again, or fail again.
 
-        Where the sampler knows no other, as in a space of few choices, chance is asked; it may find none.
+        Where the sampler knows no other, as in a space of few choices, chance is asked. None: it found none either.
         """
-        tried: list[dict[str, Any]] = [found.params for found in started]
-        values: dict[str, Any] = {}
+        tried = [found.params for found in started]
         for attempt in range(_MOST_DRAWS):
             # By number: a search that is resumed draws what it would have drawn.
             sequence = np.random.SeedSequence([self.config.seed, len(started), attempt][: 3 if attempt else 2])
@@ -158,8 +165,8 @@ class Search:
             study.add_trials(started)
             values = space.draw(study.ask(), self.options)
             if values not in tried:
-                break
-        return values
+                return values
+        return None
 
     def _hold(self, held: contextlib.ExitStack, number: int) -> bool:
         self.folder_of(number).mkdir(exist_ok=True)
