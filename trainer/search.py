@@ -154,7 +154,7 @@ class Search:
         tried = [found.params for found in started]
         for attempt in range(_MOST_DRAWS):
             # By number: a search that is resumed draws what it would have drawn.
-            sequence = np.random.SeedSequence([self.config.seed, len(started), attempt][: 3 if attempt else 2])
+            sequence = np.random.SeedSequence([self.config.seed, len(started), attempt])
             seed = int(sequence.generate_state(1)[0])
             study = optuna.create_study(
                 direction="maximize",
