@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cluster, dataset, job, loading, machine
+from trainer import cluster, dataset, job, loading, machine, variables
 from trainer import flags as task_flags
 from trainer.config import Config
 from trainer.errors import JobError
@@ -54,7 +54,7 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     train_set, _ = dataset.split_validation(data.train, config.validation_fraction)
     plan = make_plan(config, len(train_set), layout.num_replicas)
     topology = make_topology(config, layout, workers)
-    state, _ = job.make_state(config, plan, data, topology)
+    state, _ = variables.make_state(config, plan, data, topology)
     return Prepared(
         config=config,
         plan=plan,

@@ -1,6 +1,7 @@
 """One job from configuration to result: puts the parts together, in the order in which data flows. A library, without flags."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import claim, custom, exchange, loading, machine, pipeline, precise_bn, preflight, runs, service, steps, storage
+from trainer import claim, exchange, loading, machine, pipeline, precise_bn, preflight, runs, service, steps, storage, variables
 from trainer import cluster as environment
 from trainer.agreement import Agreement
 from trainer.checkpoint import WRITE_ERRORS, Checkpoints, Progress
@@ -22,8 +23,7 @@ from trainer.errors import Stopped
 from trainer.evaluations import make_evaluations
 from trainer.export import export, weights_sha256
 from trainer.loop import Loop, Work
-from trainer.models import inference_model, training_model, weights_of
-from trainer.optimizers import Schedule, make_optimizer
+from trainer.models import weights_of
 from trainer.plan import Plan, make_plan
 from trainer.recording import Recording
 from trainer.signals import StopRequest
@@ -88,90 +88,122 @@ def run(
         topology = make_topology(config, layout, cluster)
         if topology.is_chief:
             start.write(config, dataset.sha256, restarts, topology)
+            # Where no folder was given, nobody could tell after a kill.
+            _log.info("the run is in %s", model_dir)
         watch.feed("reading the data", compiles=True)
         examples = (
             loading.resident(train_set, config, train=True),
             loading.resident(validation_set, config) if validation_set else None,
             loading.resident(dataset.test, config),
         )
-        result = _train(config, plan, dataset, examples, topology, cluster, restarts, start, stop, watch, keep)
+        job = _Job(
+            config=config,
+            plan=plan,
+            dataset=dataset,
+            topology=topology,
+            cluster=cluster,
+            restarts=restarts,
+            start=start,
+            stop=stop,
+            watch=watch,
+            keep=keep,
+        )
+        result = _train(job, examples)
         # Whoever has exited could not be asked again if the chief, say, found the disk full.
         watch.feed("waiting for the others to finish", compiles=True)
         watch.end_together()
     return result
 
 
-def _train(
-    config: Config,
-    plan: Plan,
-    dataset: Dataset,
-    examples: tuple[Part, Part | None, Part],
-    topology: Topology,
-    cluster: Cluster,
-    restarts: int,
-    start: claim.Start,
-    stop: StopRequest,
-    watch: Watch,
-    keep: Callable[[object], None],
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """What is known of a job before it has variables, and what it is watched and stopped by."""
+
+    config: Config
+    plan: Plan
+    dataset: Dataset
+    topology: Topology
+    cluster: Cluster
+    restarts: int
+    start: claim.Start
+    stop: StopRequest
+    watch: Watch
+    keep: Callable[[object], None]
+
+
+def _train(job: _Job, examples: tuple[Part, Part | None, Part]) -> dict[str, Any]:
     """Restores, trains, evaluates and exports; all workers in the same order."""
-    model_dir, (train_set, validation_set, test_set) = Path(config.model_dir), examples
-    state, plain = make_state(config, plan, dataset, topology)
-    agreement = Agreement(state, topology.num_replicas, cluster)
+    config, plan, topology, watch = job.config, job.plan, job.topology, job.watch
+    train_set, validation_set, test_set = examples
+    state, plain = variables.make_state(config, plan, job.dataset, topology)
+    agreement = Agreement(state, topology.num_replicas, job.cluster)
     sum_over_workers = steps.make_sum_over_workers(topology.strategy, topology.num_workers)
-    checkpoints = Checkpoints(model_dir, state, config, is_chief=topology.is_chief, check=start.check)
-    progress = _restore(checkpoints, agreement, sum_over_workers, config.model_dir, restarts)
-    start.note(step=progress.step)
+    checkpoints = Checkpoints(Path(config.model_dir), state, config, is_chief=topology.is_chief, check=job.start.check)
+    progress = _restore(checkpoints, agreement, sum_over_workers, config.model_dir, job.restarts)
+    job.start.note(step=progress.step)
     watch.feed("timing what the replicas exchange", compiles=True)
     # Logical devices of one CPU share its cores: that they do not pay is no question of the batch.
     share_cores = topology.num_workers == 1 and topology.kind == "CPU"
     exchange_secs = 0.0 if share_cores else exchange.measure(config, state, topology.strategy)
-    evaluate = make_evaluations(state.inference, topology, sum_over_workers, watch.go_on, keep)
+    evaluate = make_evaluations(state.inference, topology, sum_over_workers, watch.go_on, job.keep)
     with storage.stop_when_full("the metrics", checkpoints.describe, tf.errors.OpError):
         recording = Recording(
-            config, plan.total_steps, progress.step, restarts, is_chief=topology.is_chief, unvalidated=progress.unvalidated
+            config, plan.total_steps, progress.step, job.restarts, is_chief=topology.is_chief, unvalidated=progress.unvalidated
         )
-    work = Work(
-        train=steps.make_train_loop(config, state, topology.strategy),
-        iterator=train_iterator(config, train_set, progress.step, topology),
-        sum_over_workers=sum_over_workers,
-        copy_weights=steps.make_copy_weights(state, topology.strategy),
-        average_statistics=steps.make_average_statistics(state, topology.strategy),
-        compute_statistics=precise_bn.make_compute_statistics(config, state.inference, train_set, topology.strategy),
-        advise=exchange.make_adviser(plan, exchange_secs, _log.warning if topology.is_chief else _log.debug),
-        validate=evaluate(validation_set) if validation_set else None,
-        exchange_secs=exchange_secs,
-        profile_dir=model_dir / "tensorboard" / (f"worker-{cluster.index}" if cluster.index else ""),
-    )
-    keep(work)
     with recording:
-        weights_step = Loop(config, plan, state, work, agreement, checkpoints, progress, recording, stop, watch).run()
+        index = job.cluster.index
+        work = Work(
+            train=steps.make_train_loop(config, state, topology.strategy),
+            iterator=train_iterator(config, train_set, progress.step, topology),
+            sum_over_workers=sum_over_workers,
+            copy_weights=steps.make_copy_weights(state, topology.strategy),
+            average_statistics=steps.make_average_statistics(state, topology.strategy),
+            compute_statistics=precise_bn.make_compute_statistics(config, state.inference, train_set, topology.strategy),
+            advise=exchange.make_adviser(plan, exchange_secs, _log.warning if topology.is_chief else _log.debug),
+            validate=evaluate(validation_set) if validation_set else None,
+            exchange_secs=exchange_secs,
+            profile_dir=Path(config.model_dir) / "tensorboard" / (f"worker-{index}" if index else ""),
+        )
+        job.keep(work)
+        weights_step = Loop(config, plan, state, work, agreement, checkpoints, progress, recording, job.stop, watch).run()
         # The only look at the test set, after everything has been chosen.
         watch.feed("testing", compiles=True)
         test = evaluate(test_set)(config.test_time_augment) if config.test else None
         validation = work.validate(config.test_time_augment) if work.validate else None
-        selected = weights_step, weights_sha256(state.inference)
-        result = _result(config, plan, topology, progress, restarts, dataset.skipped, test, validation, selected)
-        _log.info("worker %d: weights_sha256 %s", cluster.index, result["weights_sha256"])
+        result = _result(job, progress, test, validation, (weights_step, weights_sha256(state.inference)))
+        _log.info("worker %d: weights_sha256 %s", index, result["weights_sha256"])
         watch.feed("exporting", compiles=True)
         with storage.stop_when_full("the result", checkpoints.describe, *WRITE_ERRORS):
-            if config.test:
-                recording.write({"step": weights_step, "epoch": plan.epochs_at(weights_step), "split": "test",
-                                 "loss": result["test_loss"], "accuracy": result["test_accuracy"],
-                                 "test_time_augment": config.test_time_augment})  # fmt: skip
-            if topology.is_chief:
-                start.check()
-                _export(plain, state, dataset, config)
-            split, shown = ("test", test_set) if config.test else ("validation", validation_set)
-            if config.report and not shown:
-                _log.info("no report: --notest and --validation_fraction=0 leave no examples to show")
-            elif config.report and shown:
-                moved = functools.partial(watch.feed, "writing the report", compiles=True)
-                recording.report(plain, dataset, train_set, split, shown, result, moved)
-            if topology.is_chief:
-                claim.finish(model_dir, result)
-                start.note(ended="finished")
+            _finish(job, examples, state, plain, recording, result)
     return result
+
+
+def _finish(
+    job: _Job,
+    examples: tuple[Part, Part | None, Part],
+    state: steps.State,
+    plain: keras.Model,
+    recording: Recording,
+    result: dict[str, Any],
+) -> None:
+    """Leaves what a finished job leaves; its result comes last."""
+    config, (train_set, validation_set, test_set) = job.config, examples
+    if config.test:
+        recording.write({"step": result["weights_step"], "epoch": job.plan.epochs_at(result["weights_step"]), "split": "test",
+                         "loss": result["test_loss"], "accuracy": result["test_accuracy"],
+                         "test_time_augment": config.test_time_augment})  # fmt: skip
+    if job.topology.is_chief:
+        job.start.check()
+        _export(plain, state, job.dataset, config)
+    split, shown = ("test", test_set) if config.test else ("validation", validation_set)
+    if config.report and not shown:
+        _log.info("no report: --notest and --validation_fraction=0 leave no examples to show")
+    elif config.report and shown:
+        moved = functools.partial(job.watch.feed, "writing the report", compiles=True)
+        recording.report(plain, job.dataset, train_set, split, shown, result, moved)
+    if job.topology.is_chief:
+        claim.finish(Path(config.model_dir), result)
+        job.start.note(ended="finished")
 
 
 def _restore(
@@ -215,40 +247,6 @@ def _peers_can_be_lost(watch: Watch) -> Iterator[None]:
         raise Stopped(watch.trouble or f"lost a peer ({storage.reason_of(error)[:200]})") from error
 
 
-def make_state(config: Config, plan: Plan, dataset: Dataset, topology: Topology) -> tuple[steps.State, keras.Model]:
-    """The variables of the job, and a model outside of the strategy to export."""
-    input_shape, num_classes = dataset.image_shape, dataset.num_classes
-    with topology.strategy.scope():
-        synchronized = config.sync_batch_norm and topology.num_replicas > 1
-        model = training_model(config, input_shape, num_classes, synchronized=synchronized)
-        schedule = Schedule(config, plan.total_steps)
-        state = steps.State(
-            model=model,
-            inference=inference_model(config, input_shape, num_classes),
-            optimizer=make_optimizer(config, schedule, model),
-            schedule=schedule,
-            gradients=_gradients_kept(model) if config.histograms_every else (),
-        )
-    steps.make_copy_weights(state, topology.strategy)()
-    plain = inference_model(config, input_shape, num_classes)
-    if config.is_custom_model:
-        custom.check_call(config.model, plain)
-    return state, plain
-
-
-def _gradients_kept(model: keras.Model) -> list[tf.Variable]:
-    """Variables for the gradients of the last step. They are the same on all replicas, so none is asked of the others."""
-    return [
-        tf.Variable(
-            tf.zeros(variable.shape, variable.dtype),
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
-        for variable in model.trainable_variables
-    ]
-
-
 def _export(plain: keras.Model, state: steps.State, dataset: Dataset, config: Config) -> None:
     for plain_variable, variable in zip(weights_of(plain), weights_of(state.inference), strict=True):
         plain_variable.assign(variable.numpy())
@@ -262,16 +260,9 @@ def train_iterator(config: Config, examples: Part, first_step: int, topology: To
 
 
 def _result(
-    config: Config,
-    plan: Plan,
-    topology: Topology,
-    progress: Progress,
-    restarts: int,
-    skipped: int,
-    test: np.ndarray | None,
-    validation: np.ndarray | None,
-    selected: tuple[int, str],
+    job: _Job, progress: Progress, test: np.ndarray | None, validation: np.ndarray | None, selected: tuple[int, str]
 ) -> dict[str, Any]:
+    config, plan, topology = job.config, job.plan, job.topology
     # A job of a single call has no other speed than the one that compilation is a part of.
     images, seconds = progress.timed_images, progress.timed_seconds
     if not seconds:
@@ -280,7 +271,7 @@ def _result(
         "test_accuracy": None if test is None else float(test[steps.CORRECT] / test[steps.EXAMPLES]),
         "test_loss": None if test is None else float(test[steps.LOSS] / test[steps.EXAMPLES]),
         "test_examples": None if test is None else int(test[steps.EXAMPLES]),
-        "skipped_examples": skipped,
+        "skipped_examples": job.dataset.skipped,
         "validation_accuracy": None if validation is None else float(validation[steps.CORRECT] / validation[steps.EXAMPLES]),
         "test_time_augment": config.test_time_augment,
         "steps": progress.step,
@@ -294,7 +285,7 @@ def _result(
         "seed": config.seed,
         "precision": config.precision,
         "global_batch_size": config.global_batch_size,
-        "restarts": restarts,
+        "restarts": job.restarts,
         "weights_step": selected[0],
         "weights_sha256": selected[1],
     }
