@@ -51,7 +51,7 @@ def main() -> None:
     """Measures and writes; what is done is written after each section, so that an interrupted run is not lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for report.md, report.json and scaling.png")
-    parser.add_argument("--quick", action="store_true", help="a short turn or two of everything: minutes, and noisy")
+    parser.add_argument("--quick", action="store_true", help="a short turn or two of everything: under an hour, and noisy")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas; default: %(default)s")
     options = parser.parse_args()
     chosen = list(dict.fromkeys(options.only.split(",")))

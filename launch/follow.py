@@ -1,6 +1,7 @@
 """What goes on while a user watches: the logs of all workers, and the way to TensorBoard."""
 
 import contextlib
+import re
 import subprocess
 import threading
 import time
@@ -13,22 +14,33 @@ from trainer.errors import JobError
 _LOOK_EVERY_SECS = 2.0
 # Of looks that fail one after the other: an API server that is started anew does not end the watch.
 _MOST_FAILURES = 15
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
 class _Log:
-    """What one pod prints, shown while it comes."""
+    """What one pod prints, shown while it comes, from the line after `last` on.
 
-    def __init__(self, command: list[str], index: int, show: Callable[[str], None]) -> None:
+    Attributes:
+        last: when the last line that was shown was written, by the node's clock; empty before there is one.
+        of_ended: whether the pod had ended when it was opened, so that nothing comes after it.
+    """
+
+    def __init__(self, command: list[str], index: int, show: Callable[[str], None], last: str, *, of_ended: bool) -> None:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        self.ended_at = ""
+        self.last, self.of_ended, self.has_ended = last, of_ended, False
         self._thread = threading.Thread(target=self._read, args=(index, show), daemon=True)
         self._thread.start()
 
     def _read(self, index: int, show: Callable[[str], None]) -> None:
-        for line in self.process.stdout or ():
-            show(f"[{index}] {line.rstrip()}")
-        self.process.wait()
-        self.ended_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with self.process:
+            for line in self.process.stdout or ():
+                written, _, text = line.rstrip().partition(" ")
+                if not _TIME.match(written):
+                    show(f"[{index}] {line.rstrip()}")  # kubectl's own.
+                elif _as_sorted(written) > _as_sorted(self.last):
+                    self.last = written
+                    show(f"[{index}] {text}")
+        self.has_ended = True
 
     def join(self) -> None:
         self._thread.join()
@@ -43,20 +55,23 @@ class _Logs:
 
     def __init__(self, cluster: Kubectl, container: str, tail: int, *, follow: bool, show: Callable[[str], None]) -> None:
         self._cluster, self._follow, self._show = cluster, follow, show
-        self._options = [f"--container={container}", *(["--follow"] if follow else [])]
+        self._options = [f"--container={container}", "--timestamps", *(["--follow"] if follow else [])]
         self._tail = tail
         self._logs: dict[str, _Log] = {}
 
     def look(self, pods: list[Object]) -> None:
-        """Opens what there is to read by now, and again what has broken off while its pod runs."""
+        """Opens what there is to read by now, and again what has broken off before its pod had ended."""
         for pod in pods:
             phase, uid = pod.get("status", {}).get("phase"), pod["metadata"]["uid"]
             log = self._logs.get(uid)
-            if phase not in ("Running", "Succeeded", "Failed") or (log and not (log.ended_at and phase == "Running")):
+            if phase not in ("Running", "Succeeded", "Failed"):
                 continue
-            since = f"--since-time={log.ended_at}" if log else f"--tail={self._tail}"
+            if log and (not log.has_ended or log.of_ended):
+                continue
+            last = log.last if log else ""
+            since = f"--since-time={last}" if last else f"--tail={self._tail}"
             command = self._cluster.command("logs", pod["metadata"]["name"], *self._options, since)
-            self._logs[uid] = _Log(command, status.index_of(pod), self._show)
+            self._logs[uid] = _Log(command, status.index_of(pod), self._show, last, of_ended=phase != "Running")
             if not self._follow:
                 self._logs[uid].join()
 
@@ -72,6 +87,12 @@ class _Logs:
     def end(self) -> None:
         for log in self._logs.values():
             log.end()
+
+
+def _as_sorted(written: str) -> tuple[str, str]:
+    """A time of `kubectl logs --timestamps`, whose fractions have as many digits as they need."""
+    whole, _, fraction = written.rstrip("Z").partition(".")
+    return whole, fraction.ljust(9, "0")
 
 
 def logs(

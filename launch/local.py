@@ -110,7 +110,7 @@ def main(task_arguments: list[str]) -> None:
         faults=faults,
         data_workers=values.data_workers,
     )
-    is_new = not Path(model_dir).exists()
+    is_new = storage.is_missing(Path(model_dir))
     storage.prepare_folder(Path(model_dir))
     code = Supervisor(job, _say, _show).run()
     if code == EXIT_REQUEST and is_new:

@@ -79,7 +79,8 @@ def _check_overlay(request: Request, objects: Sequence[Object], workload: Object
     """Whether an overlay, which may be a user's own, is one that all this can be done with."""
     where = f"--overlay={request.overlay}"
     if not workload:
-        given = [flag for flag in ("workers", "gpus_per_worker", "queue", "trials", "task") if getattr(request, flag)]
+        of_workers = ("workers", "gpus_per_worker", "cpus_per_worker", "memory_per_worker", "queue", "trials", "task")
+        given = [flag for flag in of_workers if getattr(request, flag) not in (None, "", ())]
         if given:
             named = f"--{given[0]}" if given[0] != "task" else "flags behind `--`"
             raise RequestError(f"{where} trains nothing: there is nothing that {named} could be said of")

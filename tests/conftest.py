@@ -1,5 +1,6 @@
 """Fixtures that make small data sets and start real jobs."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -276,6 +277,17 @@ def children_of(pid: int) -> dict[int, str]:
         if parent == pid:
             found[int(path.name)] = line
     return found
+
+
+def listening(pid: int) -> set[str]:
+    """What a process listens at, as proc_net_tcp(5) has it: the address and the port, in hexadecimal digits."""
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(str(link.readlink()))
+    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
 
 
 def tf_configs(addresses: list[str]) -> list[dict[str, str]]:

@@ -115,7 +115,9 @@ def main() -> None:
             fail(
                 f'Error from server (BadRequest): container "trainer" in pod "{words[0]}" is waiting to start: ContainerCreating'
             )
-        sys.stdout.buffer.write(path.read_bytes())
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+            written = f"2026-01-01T00:{number:02}:00.5Z ".encode() if "timestamps" in options else b""
+            sys.stdout.buffer.write(written + line)
     elif command == "port-forward":
         print(f"Forwarding from 127.0.0.1:{words[1].partition(':')[0]} -> 6006", flush=True)
         fail("error: lost connection to pod")

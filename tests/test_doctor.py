@@ -41,13 +41,18 @@ def test_healthy_machine_passes_and_nothing_is_left_behind(tiny_data: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_says_the_same_and_every_failure_is_found_at_once(tmp_path: Path) -> None:
+def test_json_says_the_same_and_every_failure_is_found_at_once(tiny_data: Path, tmp_path: Path) -> None:
     done = doctor(data_dir=tmp_path / "nowhere", model_dir="/proc/nowhere", num_devices=3, format="json")
     assert done.returncode == 2
     report = json.loads(done.stdout)
     assert report["ok"] is False
     failed = {check["name"]: check["text"] for check in report["checks"] if check["status"] == "fail"}
     assert set(failed) == {"data", "model_dir"}
+    (tmp_path / "run" / "config.json").mkdir(parents=True)
+    unreadable = json.loads(doctor(data_dir=tiny_data, model_dir=tmp_path / "run", format="json").stdout)["checks"]
+    assert [check["text"] for check in unreadable if check["status"] == "fail"] == [
+        f"{tmp_path / 'run' / 'config.json'}: cannot be read: Is a directory"
+    ]
     assert "nowhere" in failed["data"]
     assert "cannot be written" in failed["model_dir"]
 
@@ -182,8 +187,11 @@ def test_clocks_that_differ_are_noted(skew: float, status: str) -> None:
     assert machine.check_clocks(peers).status == status
 
 
-def test_job_makes_the_same_checks() -> None:
+def test_job_makes_the_same_checks(run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding("a", "ok", "fine"), Finding("b", "fail", "it is broken", "mend it")]
+    monkeypatch.setattr(machine, "inspect", lambda *_: found)
     with pytest.raises(RequestError, match="it is broken: mend it"):
-        list(machine.require([Finding("a", "ok", "fine"), Finding("b", "fail", "it is broken", "mend it")]))
+        run_here()
+    assert not list((tmp_path / "run").iterdir())
     (noted,) = machine.require([Finding("a", "ok", "fine"), Finding("b", "note", "slow", "speed it up")])
     assert str(noted) == "slow: speed it up"

@@ -22,7 +22,9 @@ def test_workers_of_the_launcher_are_isolated_unless_asked_otherwise(tiny_data: 
     for flag, isolated in (("--isolate", True), ("--noisolate", False)):
         task = arguments({**TINY, "data_dir": tiny_data, "model_dir": tmp_path / flag, "epochs": 1000})
         command = [sys.executable, "-m", "launch.local", "--num_workers=1", flag, "--", *task]
-        launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / f"{flag}.log"
+        with open(log, "w") as file:
+            launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
         try:
             workers, deadline = [], time.monotonic() + 60
             while not workers:
@@ -35,6 +37,7 @@ def test_workers_of_the_launcher_are_isolated_unless_asked_otherwise(tiny_data: 
             launcher.terminate()
             launcher.wait(60)
         assert (own != theirs) == (isolated and allowed)
+        assert ("other machines may reach the workers' ports" in log.read_text()) == (isolated and not allowed)
 
 
 def test_isolated_process_reaches_itself_and_nobody_reaches_it() -> None:

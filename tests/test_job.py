@@ -359,11 +359,14 @@ def test_request_that_cannot_be_met_is_told_before_anything_is_made(kind: str, r
 
 def test_request_that_cannot_be_met_is_one_line_and_leaves_nothing(start_job) -> None:
     options, words = REFUSED["indivisible batch"]
-    job = start_job(**options)
-    assert job.wait() == 2
-    (line,) = job.log.read_text().splitlines()
-    assert words in line
-    assert not job.model_dir.exists()
+    for was_there in (False, True):
+        job = start_job(**options)
+        assert job.wait() == 2
+        (line,) = job.log.read_text().splitlines()
+        assert words in line
+        assert job.model_dir.exists() == was_there
+        job.model_dir.mkdir(exist_ok=True)
+    assert not list(job.model_dir.iterdir())
 
 
 @pytest.mark.e2e

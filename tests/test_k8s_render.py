@@ -56,8 +56,13 @@ def test_two_jobs_in_a_namespace_have_nothing_in_common_but_the_volume() -> None
         selector = found["spec"].get("podSelector", found["spec"].get("selector", {}))
         selector = selector.get("matchLabels", selector) if isinstance(selector, dict) else {}
         if "tensorboard" not in found["metadata"]["name"] and selector:
-            assert selector.items() <= labels[0].items()
-            assert not selector.items() <= labels[1].items()
+            let_in = [selector]
+            if found["kind"] == "NetworkPolicy":
+                let_in += [source["podSelector"]["matchLabels"] for rule in found["spec"]["ingress"] for source in rule["from"]]
+                assert len(let_in) == 2
+            for one in let_in:
+                assert one.items() <= labels[0].items()
+                assert not one.items() <= labels[1].items()
 
 
 def test_one_worker_without_gpus() -> None:
@@ -267,6 +272,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--model_dir=/data/../etc",)}, "is on no volume"),
     ({"overlay": "single-node", "task": ("--num_devices=16",)}, "--num_devices=16: a worker has 8 GPUs"),
     ({"overlay": "tensorboard", "workers": 3}, "trains nothing: there is nothing that --workers could be said of"),
+    ({"overlay": "tensorboard", "memory_per_worker": "4Gi"}, "there is nothing that --memory_per_worker could be said of"),
+    ({"overlay": "tensorboard", "gpus_per_worker": 0}, "there is nothing that --gpus_per_worker could be said of"),
     ({"overlay": "tensorboard", "task": ("--epochs=3",)}, "there is nothing that flags behind `--` could be said of"),
     ({"image": "REGISTRY/digitfleet:1-gpu"}, "REGISTRY stands for the registry that your cluster's nodes pull from"),
     ({"cpus_per_worker": "1e99999999"}, "expected a quantity"),

@@ -4,9 +4,13 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from k8s_bench import Bench, bench, job, pod, report, submitted
+
+from launch import follow
 
 
 def test_status_of_a_job_that_trains(job: Bench) -> None:
@@ -201,6 +205,27 @@ def test_logs_that_are_followed_end_with_the_job_and_its_outcome(job: Bench) -> 
     failed = job.run("logs", "--name=digits", "--follow")
     assert failed.returncode == 1
     assert "digits failed: exit code 2" in failed.stderr
+
+
+def test_log_that_broke_off_is_read_on_from_its_last_line() -> None:
+    """Times are the node's, with as many digits as they need; those of a whole second come again."""
+    lines = [f"2026-01-01T00:00:00{fraction}Z line {number}" for number, fraction in enumerate((".09", ".1", ".12", ".123"))]
+    shown: list[str] = []
+    asked: list[str] = []
+    printed: list[str] = []
+
+    def command(*words: str) -> list[str]:
+        asked.append(words[-1])
+        return ["printf", "%s\\n", *printed]
+
+    cluster: Any = SimpleNamespace(command=command)
+    logs = follow._Logs(cluster, "trainer", -1, follow=True, show=shown.append)
+    for phase, known in (("Running", 2), ("Running", 3), ("Succeeded", 4), ("Succeeded", 4)):
+        printed[:] = [*lines[:known], *(["error: unexpected EOF"] if known == 2 else [])]
+        logs.look([pod("digits-0", 0, phase=phase)])
+        logs.join()
+    assert shown == ["[0] line 0", "[0] line 1", "[0] error: unexpected EOF", "[0] line 2", "[0] line 3"]
+    assert asked == ["--tail=-1", "--since-time=2026-01-01T00:00:00.1Z", "--since-time=2026-01-01T00:00:00.12Z"]
 
 
 def test_tensorboard_says_where_it_is_or_how_to_get_it(bench: Bench) -> None:

@@ -25,6 +25,7 @@ from launch.workers import Workers
 from trainer.errors import RequestError
 from trainer.ports import free_ports
 from trainer.presets import from_preset
+from trainer.ranks import own_address
 
 # Runs the supervisor on shell commands: argv is model_dir, max_restarts, chaos, workers, command.
 SUPERVISE = """
@@ -363,6 +364,13 @@ def test_ports_do_not_follow_from_the_jobs_seed() -> None:
         random.seed(0)
         chosen.append(free_ports(3))
     assert chosen[0] != chosen[1]
+
+
+def test_ranks_of_a_machine_draw_different_ports() -> None:
+    """Each draws by itself: two of 64 had the same in one launch of eleven."""
+    drawn = {rank: int(own_address(rank, 64).rpartition(":")[2]) for rank in range(8)}
+    assert {rank: port % 64 for rank, port in drawn.items()} == {rank: rank for rank in range(8)}
+    assert len(set(free_ports(600, 0, 64))) == 600
 
 
 def test_misspelt_flag_of_the_task_is_told_once_and_before_any_worker_starts(tmp_path: Path) -> None:

@@ -201,6 +201,16 @@ def test_selectors_find_the_pods_that_they_are_for(build: Any) -> None:
         assert not any(policy["spec"]["podSelector"]["matchLabels"].items() <= board.items() for policy in worker_policies)
 
 
+@everything
+def test_policies_let_in_pods_of_the_project_alone(build: Any) -> None:
+    for found in (one for one in build() if one["kind"] == "NetworkPolicy"):
+        assert found["spec"]["policyTypes"] == ["Ingress"]
+        sources = [rule["from"] for rule in found["spec"].get("ingress", [])]
+        # TensorBoard is for all pods of the namespace.
+        everybody = found["metadata"]["name"] == "digitfleet-tensorboard"
+        assert all(one and all(source.get("podSelector") or everybody for source in one) for one in sources), found
+
+
 @pytest.mark.parametrize("overlay", TRAINING)
 def test_command_is_one_that_trainer_task_understands(overlay: str) -> None:
     for pod in pods.of(objects(overlay)):

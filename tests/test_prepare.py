@@ -47,7 +47,7 @@ def prepare(*arguments: str, code: int = 0) -> str:
 
 
 def _run_to_exit() -> None:
-    cli.run("trainer.prepare", command.main)
+    cli.run("trainer.prepare", command.main, flags_only=True)
     sys.exit(0)
 
 
@@ -188,6 +188,7 @@ def test_test_set_is_split_off_by_class(tmp_path: Path) -> None:
     write_folders(tmp_path / "in", GRAY, LABELS)
     prepare(f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2", "--num_shards=2")
     train, test = content_of(tmp_path / "out", "train"), content_of(tmp_path / "out", "test")
+    assert not train.keys() & test.keys()
     assert {**train, **test} == {image.tobytes(): label for image, label in zip(GRAY, LABELS, strict=True)}
     assert np.bincount(list(test.values())).tolist() == [2] * 7
 

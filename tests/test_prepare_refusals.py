@@ -115,6 +115,9 @@ def test_colour_among_gray_is_no_damage_that_is_left_out(tmp_path: Path) -> None
     given = f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--test_fraction=0.2", "--on_error=skip"
     assert "001.png: in colour, where those looked at first are gray" in prepare(*given, code=2)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    prepare(*given, code=2)
+    assert not list((tmp_path / "out").iterdir())
     assert "7 classes" in prepare(*given, "--channels=1")
 
 

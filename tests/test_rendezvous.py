@@ -11,7 +11,7 @@ from conftest import free_ports
 
 from trainer import rendezvous, waiting
 from trainer.errors import RequestError, Stopped
-from trainer.peers import Peer
+from trainer.peers import Peer, send_line
 from trainer.signals import StopRequest
 from trainer.sources import Cluster
 
@@ -85,8 +85,16 @@ def test_worker_that_comes_late_is_waited_for_and_who_waits_says_for_whom(meet: 
     ],
 )
 def test_worker_that_does_not_come_is_named_at_the_deadline_with_the_reason(
-    address: str | None, words: str, meet: Callable
+    address: str | None, words: str, meet: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    resolve = socket.getaddrinfo
+
+    def without_network(host: str, *more: Any, **options: Any) -> Any:
+        if host == "missing.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_network)
     own, free = addresses(2)
     with pytest.raises(Stopped, match="--rendezvous_timeout=1 s") as caught:
         meet([own, address or free], 0, timeout=1).result(20)
@@ -126,7 +134,7 @@ def test_stranger_that_knocks_does_no_harm(line: bytes, meet: Callable) -> None:
             stranger = socket.create_connection((host, int(port)))
             break
         except ConnectionRefusedError:
-            continue
+            assert not first.done(), first.exception()
     with stranger:
         stranger.sendall(line)
         meet(workers, 1)
@@ -162,10 +170,14 @@ def test_peer_with_another_list_of_workers_is_refused(meet: Callable) -> None:
 
 
 def test_two_processes_that_claim_one_index_are_refused(meet: Callable) -> None:
-    first, second = addresses(2)
-    meetings = [meet([first, second], 0), meet([second, first], 0)]
-    with pytest.raises(RequestError, match="its list of workers"):
-        meetings[0].result(20)
+    workers = addresses(2)
+    with socket.create_server(("127.0.0.1", int(workers[1].split(":")[1]))) as other:
+        meeting = meet(workers, 0)
+        connection, _ = other.accept()
+        with connection:
+            send_line(connection, {"digitfleet": SAME, "index": 0, "workers": workers, "token": ""})
+            with pytest.raises(RequestError, match="it says that it is worker 0; this is worker 0"):
+                meeting.result(20)
 
 
 def test_port_that_is_taken_is_refused(meet: Callable, monkeypatch: Any) -> None:

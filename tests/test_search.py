@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 from test_tune import FLAGS, space_file
 
-from trainer import search, search_report, space, storage, trial, tune, winner
+from trainer import locks, search_report, space, storage, trial, tune, winner
 from trainer.errors import RequestError, Stopped
 from trainer.search import Search
 from trainer.signals import StopRequest
@@ -90,9 +91,25 @@ def test_trial_that_could_not_write_is_still_to_be_done(code: int, search_in, mo
         assert (current.number, options) == (0, {"learning_rate": 0.01})
 
 
+def test_trial_that_diverged_is_no_example_to_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of trials that ended early Optuna prefers those that had come further."""
+    config, searched = tune.task_of(FLAGS, space_file(tmp_path, "learning_rate: {low: 1e-4, high: 1e-1, log: true}"))
+    found = Search(tmp_path, searched, config, "sha", 3, "none")
+    for kind, accuracies in (("diverged", (0.97, 0.98)), ("pruned", (0.5,))):
+        with found.next_trial() as (current, _):
+            found.report(current, accuracies)
+            found.tell(current, trial.Ending(kind))
+    seen = []
+    monkeypatch.setattr(optuna.study.Study, "add_trials", lambda _, given: seen.extend(one.intermediate_values for one in given))
+    with found.next_trial():
+        pass
+    assert seen[:2] == [{}, {1: 0.5}]
+    assert found.trials()[0].intermediate_values == {1: 0.97, 2: 0.98}
+
+
 def test_folder_without_locks_is_refused(search_in, monkeypatch: pytest.MonkeyPatch) -> None:
     without = OSError(errno.ENOSYS, "Function not implemented")
-    monkeypatch.setattr(search.fcntl, "flock", Mock(side_effect=without))
+    monkeypatch.setattr(locks.fcntl, "flock", Mock(side_effect=without))
     with pytest.raises(RequestError, match=r"study: its file system has no locks \(Function not implemented\)"):
         search_in()
 

@@ -1,5 +1,6 @@
 """tf.data service: the same steps in the same order as without it, and a loss that is noticed."""
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -171,9 +172,33 @@ def test_host_that_is_none_is_refused() -> None:
         service.check("grpc://a..b:5050")
 
 
-def test_address_of_ipv6_is_understood() -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
-        service.check(f"grpc://[::1]:{listening.getsockname()[1]}")
+def test_address_of_ipv6_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(socket, "create_connection", lambda to, *_: asked.append(to) or contextlib.nullcontext())
+    service.check("grpc://[::1]:5050")
+    assert asked == [("::1", 5050)]
+
+
+@pytest.mark.e2e
+def test_step_that_a_killed_data_worker_had_is_missed(
+    tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other step takes its place."""
+    monkeypatch.setattr(service, "_CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(service, "_MOST_AHEAD", 8)
+    own = Servers(tmp_path / "log")
+    try:
+        own.wait()
+        steps = service.train_batches(dataset.load(str(tiny_records)).train, streaming.Share(0, 32, 32), 0, 0, own.address)
+        with pytest.raises(Stopped, match="a data worker was lost"), service.loss_told(own.address):  # noqa: PT012
+            for step, (_, _, positions) in enumerate(steps.take(20_000)):
+                assert positions[0] == 32 * step
+                if step == 20:
+                    own.processes[1].kill()
+    finally:
+        for process in own.processes:
+            process.kill()
+            process.wait()
 
 
 def test_data_that_is_not_prepared_is_refused(tiny_data: Path, servers: Servers, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tensorflow as tf
@@ -52,6 +53,7 @@ def test_crash_while_writing_a_file_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(CrashError):
         storage.write_file(tmp_path / "result.json", crash)
     assert storage.read_json(tmp_path / "result.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_nearly_full_disk_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +222,7 @@ def test_lock_of_a_folder_that_was_taken_away_keeps_nobody_out(tmp_path: Path) -
     """Whoever waited for it makes the folder again, and holds that one."""
     folder = tmp_path / "run"
     folder.mkdir()
-    first = locks.exclusive(folder, needed=True)
+    first = locks.exclusive(folder, needed=True, is_new=True)
     first.__enter__()
     waits = iter([None])
 
@@ -230,10 +232,27 @@ def test_lock_of_a_folder_that_was_taken_away_keeps_nobody_out(tmp_path: Path) -
             assert not folder.exists()
         return False
 
-    with locks.exclusive(folder, needed=True, patience=60, stopped=leave):
+    with locks.exclusive(folder, needed=True, is_new=False, patience=60, stopped=leave):
         (folder / "config.json").touch()
         with pytest.raises(RequestError, match="another job is writing there"):
             locks.exclusive(folder, needed=True).__enter__()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_folder_goes_with_what_made_it_and_is_empty(is_new: bool, tmp_path: Path) -> None:
+    """One that was there may have a mode that others rely on."""
+    (tmp_path / "run").mkdir()
+    with locks.exclusive(tmp_path / "run", needed=True, is_new=is_new):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ([] if is_new else ["run"])
+
+
+def test_folder_below_one_that_nobody_may_look_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    for name in ("stat", "mkdir"):
+        monkeypatch.setattr(Path, name, forbidden)
+    with pytest.raises(RequestError, match="a/b: cannot be written: Permission denied"):
+        storage.probe_folder(tmp_path / "a" / "b")
 
 
 def test_token_on_a_full_disk_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

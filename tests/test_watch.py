@@ -110,8 +110,8 @@ def test_first_calls_have_ten_times_as_long(ended: list[str]) -> None:
 def test_without_peers_and_deadline_nothing_happens(ended: list[str]) -> None:
     clock = Clock(1.0)
     with Watch([], 0, clock=clock) as watch:
-        assert not watch.wait_for_trouble(1)
-    assert clock.now > 5
+        while clock.now <= 50:
+            assert not watch.wait_for_trouble(0.1)
     assert ended == []
 
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, TINY, arguments, lines_of
+from conftest import ROOT, TINY, arguments, lines_of, listening
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import console, figures, loading, pages, pipeline, predictions, storage
@@ -267,10 +267,7 @@ def test_prometheus_reads_the_numbers_of_a_running_job(start_job: Any, tiny_data
     job = start_job(epochs=1000, metrics_port=port)
     job.wait_for(lambda: job.step() >= 20, "step 20")
     text = get(f"http://127.0.0.1:{port}/metrics").decode()
-    # Listens (0A) at 127.0.0.1 alone: proc_net_tcp(5).
-    listening = re.findall(rf"^ *\d+: (\w+):{port:04X} \w+:\w+ 0A", Path("/proc/net/tcp").read_text(), re.MULTILINE)
-    assert listening == ["0100007F"]
-    assert not re.search(rf":{port:04X} \w+:\w+ 0A", Path("/proc/net/tcp6").read_text())
+    assert listening(job.process.pid) == {f"0100007F:{port:04X}"}  # 127.0.0.1
     found = {family.name: family for family in text_string_to_metric_families(text)}
     samples = {
         (sample.name, sample.labels.get("split", "")): sample.value for family in found.values() for sample in family.samples

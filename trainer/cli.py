@@ -39,12 +39,15 @@ _NOT_HONOURED = (
 )
 
 
-def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = False, example: str = "") -> None:
+def run(
+    program: str, main: Callable[[list[str]], None], *, flags_only: bool = False, at_once: bool = False, example: str = ""
+) -> None:
     """Runs `main` with the arguments that are no flags, and exits. Defects keep their traceback and exit with 1.
 
     Args:
         program: its name, for messages.
         main: the program.
+        flags_only: whether it takes no other arguments.
         at_once: ends the process without Python's and TensorFlow's own end. TensorFlow 2.21 waits there for threads of input
             pipelines, up to a minute for each: see `tracing.untuned`. tf.distribute's own, one for each device, are tuned still.
         example: of a command with flags of trainer.task behind `--`, for a program that takes such.
@@ -75,6 +78,8 @@ def run(program: str, main: Callable[[list[str]], None], *, at_once: bool = Fals
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if flags_only and positional:
+            raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
         main(positional)
     except JobError as error:
         _tell(program, error)

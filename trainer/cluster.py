@@ -119,12 +119,12 @@ def alone(
 
     Args:
         place: which of the processes that train side by side it is.
-        num_places: how many there are; where GPUs are fewer, several use one.
+        num_places: how many there are, each with as many GPUs as the others; where GPUs are fewer, several use one.
         environment: this process's.
         devices: as for `visible_gpus`.
     """
     gpus = visible_gpus(environment, devices)
-    share = gpus[place::num_places] or gpus[place % max(len(gpus), 1) :][:1]
+    share = gpus[place::num_places][: len(gpus) // num_places] or gpus[place % max(len(gpus), 1) :][:1]
     # The first source that answers counts, and this one says that there are no others.
     return {**environment, "TF_CONFIG": "{}", **({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {})}
 

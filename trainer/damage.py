@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from trainer.errors import RequestError
 from trainer.records import COUNT, FRAME_BYTES, OFFSET, SHARD, Records
+from trainer.storage import reason_of
 from trainer.streaming import records_from
 from trainer.tracing import untuned, without_autograph
 
@@ -75,7 +76,7 @@ def _verified_shard(records: Records, shard: int) -> tuple[list[tuple[int, int, 
             looked = [_verified_segment(content, file, tuple(one), end) for one, end in zip(segments.tolist(), ends, strict=True)]
     except tf.errors.OpError as error:
         # Nothing is left out for that: the file may be whole.
-        raise RequestError(f"{file}: cannot be read: {str(error.message).splitlines()[0][-200:]}") from error
+        raise RequestError(f"{file}: cannot be read: {reason_of(error)[-200:]}") from error
     return [segment for found, _ in looked for segment in found], [problem for _, problems in looked for problem in problems]
 
 

@@ -18,6 +18,7 @@ from absl import flags
 
 from trainer import cli
 from trainer.errors import EXIT_FINISHED, RequestError, Stopped
+from trainer.storage import reason_of
 
 _LONGEST_JOB_PAUSE_MS = 60_000
 _PATIENCE_SECS = 300.0
@@ -33,11 +34,9 @@ def define_flags(values: flags.FlagValues) -> None:
     )
 
 
-def main(positional: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Serves until SIGTERM or SIGINT."""
     values = flags.FLAGS
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if values.address and not values.dispatcher:
         raise RequestError(f"--address={values.address}: a data worker's, which needs --dispatcher; a dispatcher has none")
     ended = threading.Event()
@@ -74,7 +73,7 @@ def main(positional: list[str]) -> None:
     except OSError as error:
         raise Stopped(f"--port={values.port}: cannot serve there: {error.strerror}") from error
     except tf.errors.OpError as error:
-        raise Stopped(f"--port={values.port}: cannot serve there: {str(error.message).splitlines()[0]}") from error
+        raise Stopped(f"--port={values.port}: cannot serve there: {reason_of(error)}") from error
     role = f"data worker of {values.dispatcher}" if values.dispatcher else "dispatcher"
     print(f"trainer.data_server: {role}, on port {values.port}", flush=True)
     while not ended.wait(1.0):
@@ -86,4 +85,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.data_server", main)
+    cli.run("trainer.data_server", main, flags_only=True)

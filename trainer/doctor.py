@@ -54,14 +54,14 @@ class Report:
 def examine(config: Config, report: Report) -> None:
     """Makes all checks. What depends on a check that has failed is not looked at."""
     workers = report.check("cluster", _look_at_cluster)
-    model_dir = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster()))
+    model_dir, begun_with = report.check("model_dir", lambda: _look_at_model_dir(config, workers or Cluster())) or (None, None)
     data = report.check("data", lambda: _look_at_data(config))
     with cli.quiet_start():
         from trainer import machine
         from trainer.topology import choose_layout, configure_tensorflow
 
     configure_tensorflow(config)
-    config = machine.with_precision(config, runs.precision(model_dir) if model_dir else None)
+    config = machine.with_precision(config, begun_with)
     for finding in machine.inspect(config, len(cluster.visible_gpus())):
         report.add(**dataclasses.asdict(finding))
     if workers is None or data is None:
@@ -94,11 +94,11 @@ def _look_at_cluster() -> tuple[str, Cluster]:
     return f"{found.source}: worker {found.index} of {', '.join(found.workers)}", found
 
 
-def _look_at_model_dir(config: Config, workers: Cluster) -> tuple[str, Path]:
+def _look_at_model_dir(config: Config, workers: Cluster) -> tuple[str, tuple[Path, str | None]]:
     config = task_flags.with_model_dir(config, len(workers.workers))
     folder = Path(config.model_dir)
-    free = storage.probe_folder(folder)
-    return f"{folder}: can be written, {free / 2**30:.1f} GiB free", folder
+    free = storage.probe_folder(folder if workers.is_chief else storage.nearest(folder))
+    return f"{folder}: can be written, {free / 2**30:.1f} GiB free", (folder, runs.precision(folder))
 
 
 def _look_at_data(config: Config) -> tuple[str, dataset.Dataset]:
@@ -160,9 +160,12 @@ def _look_at_peers(config: Config, data: dataset.Dataset, workers: Cluster, layo
     # Peers are told of a stop; until here, nobody but this process has to know.
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period)
-    Path(config.model_dir).mkdir(parents=True, exist_ok=True)
+    model_dir = Path(config.model_dir)
+    is_new = storage.is_missing(model_dir)
+    if workers.is_chief:
+        model_dir.mkdir(parents=True, exist_ok=True)
     with (
-        locks.exclusive(Path(config.model_dir), needed=workers.is_chief),
+        locks.exclusive(model_dir, needed=workers.is_chief, is_new=is_new),
         preflight.met(config, data.sha256, workers, layout, stop) as (_, watch),
     ):
         watch.end_together()

@@ -101,10 +101,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.", flag_values=values, module_name=sys.argv[0])
 
 
-def main(positional: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prints the evaluation."""
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if not flags.FLAGS.model_dir:
         raise RequestError("--model_dir must be given: the folder of a finished job")
     result = evaluate(flags.FLAGS.model_dir, flags.FLAGS.data_dir, flags.FLAGS.on_error)
@@ -117,4 +115,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.evaluate", main, at_once=True)
+    cli.run("trainer.evaluate", main, flags_only=True, at_once=True)

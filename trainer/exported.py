@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer.errors import RequestError
-from trainer.storage import export_of
+from trainer.storage import export_of, reason_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,9 +37,8 @@ def load(model_dir: str) -> Model:
     try:
         loaded = tf.saved_model.load(str(folder))
     except (tf.errors.OpError, OSError, ValueError, AttributeError, LookupError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
         raise RequestError(
-            f"--model_dir={model_dir}: {folder} is damaged ({first_line}): remove {Path(model_dir) / 'result.json'} and "
+            f"--model_dir={model_dir}: {folder} is damaged ({reason_of(error)}): remove {Path(model_dir) / 'result.json'} and "
             "run the job's command again, which writes it anew"
         ) from error
     signatures = dict(loaded.signatures)

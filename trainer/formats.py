@@ -155,8 +155,7 @@ def _from_npz(path: Path, test_only: bool) -> Collection:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # NumPy, zipfile and zlib have many words for a damaged file.
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise RequestError(f"{path}: no readable .npz file: {reason}") from error
+        raise RequestError(f"{path}: no readable .npz file: {storage.reason_of(error)[:150]}") from error
     splits = {}
     for split in ("train", "test"):
         if f"x_{split}" in arrays:

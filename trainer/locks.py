@@ -25,6 +25,7 @@ def exclusive(
     needed: bool,
     patience: float = 0,
     flag: str = "--model_dir",
+    is_new: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
@@ -34,6 +35,7 @@ def exclusive(
         needed: False for a process that writes nothing there.
         patience: seconds to wait for another process to let go.
         flag: the one that names the folder.
+        is_new: whether this process has made the folder, and takes it away if nothing is left in it.
         stopped: whether somebody has asked to end.
 
     Raises:
@@ -59,31 +61,38 @@ def exclusive(
                 time.sleep(0.5)
             if _is_there(lock):
                 break
-            # Whoever held it has left nothing in the folder, and has taken it away.
+            # Whoever held it has left nothing in the folder, and has taken it away, too, where it was new.
+            is_new = is_new or storage.is_missing(folder)
             folder.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:
-            _remove_if_unused(folder, Path(lock.name))
+            _remove_if_unused(folder, Path(lock.name), is_new=is_new)
 
 
 @contextlib.contextmanager
-def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def lock_file(path: Path, *, wait: bool = False, must: bool = False) -> Iterator[bool]:
     """Holds a file of no other use, and says whether it could be had; the system lets go when the process ends.
 
     Args:
         path: the file; it is made if there is none.
         wait: until another process lets go of it.
+        must: whether it is an error that it cannot be locked; otherwise a file system without locks keeps nobody out.
+
+    Raises:
+        OSError: it cannot be made, or must be locked and cannot.
     """
     with open(path, "a") as file:
-        yield _lock(file, wait=wait)
+        yield _lock(file, wait=wait, must=must)
 
 
-def _lock(file: IO[str], *, wait: bool = False) -> bool:
+def _lock(file: IO[str], *, wait: bool = False, must: bool = False) -> bool:
     """Whether the file is this process's now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
+        if must:
+            raise
         # Otherwise a file system without locks: then nobody can be kept out.
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
@@ -97,13 +106,14 @@ def _is_there(file: IO[str]) -> bool:
         return False
 
 
-def _remove_if_unused(folder: Path, lock: Path) -> None:
-    """Takes a folder away in which a refused job has left nothing."""
+def _remove_if_unused(folder: Path, lock: Path, *, is_new: bool) -> None:
+    """Takes the lock away where a refused job has left nothing else, and a folder that was not there before."""
     # It may have been removed by somebody else, or the storage has failed: the job's end is another story.
     with contextlib.suppress(OSError):
         if list(folder.iterdir()) == [lock]:
             lock.unlink()
-            folder.rmdir()
+            if is_new:
+                folder.rmdir()
 
 
 def write_token(folder: Path, token: str) -> None:

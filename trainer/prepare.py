@@ -98,11 +98,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_processes", 0, "Processes that write. 0: as many as there are cores.", 0, **own)
 
 
-def main(positional: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Converts, and shows what there is."""
     values = flags.FLAGS
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if not values.output or (not values.input and values.source != "synthetic"):
         raise RequestError(f"--{'input' if values.output else 'output'} must be given: see --helpfull")
     for flag in ("input", "output"):
@@ -131,9 +129,10 @@ def main(positional: list[str]) -> None:
     output = Path(values.output)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise RequestError(f"--output={output} is within --input={source}: give another folder")
+    is_new = storage.is_missing(output)
     storage.prepare_folder(output, "--output")
     console = Console()
-    with locks.exclusive(output, needed=True, flag="--output"):
+    with locks.exclusive(output, needed=True, flag="--output", is_new=is_new):
         total = sum(len(split) for split in collection.splits.values())
         with _progress(console, total) as done:
             content = convert(collection, output, request, values.num_processes or len(os.sched_getaffinity(0)), done)
@@ -172,4 +171,4 @@ def _show(content: dict[str, Any], output: Path) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.prepare", main)
+    cli.run("trainer.prepare", main, flags_only=True)

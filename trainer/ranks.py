@@ -20,6 +20,8 @@ from trainer.waiting import Waiting
 
 _FOLDER = ".ranks"
 _LOOK_EVERY_SECS = 0.2
+# Into which the ports of a machine are shared, so that each has some 20.
+_MOST_PLACES = 1024
 
 
 def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: StopRequest) -> Cluster:
@@ -39,16 +41,17 @@ def with_addresses(cluster: Cluster, model_dir: Path, timeout: float, stop: Stop
         return cluster
     folder = model_dir / _FOLDER
     try:
-        folder.mkdir(exist_ok=True)
-        workers = _exchange(folder, cluster, own_address(), timeout, stop)
+        folder.mkdir(parents=True, exist_ok=True)
+        workers = _exchange(folder, cluster, own_address(cluster.index, len(cluster.workers)), timeout, stop)
     except OSError as error:
         raise RequestError(f"--model_dir={model_dir}: the ranks cannot meet there: {error.strerror}") from error
     return dataclasses.replace(cluster, workers=tuple(workers))
 
 
-def own_address() -> str:
-    """This machine's address that others reach, with a port that is free now."""
-    return f"{_own_host()}:{free_ports(1)[0]}"
+def own_address(rank: int, size: int) -> str:
+    """This machine's address that others reach, with a port that is free now and that no other rank here draws."""
+    places = min(size, _MOST_PLACES)
+    return f"{_own_host()}:{free_ports(1, rank % places, places)[0]}"
 
 
 def _own_host() -> str:

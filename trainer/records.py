@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import RequestError
+from trainer.storage import reason_of
 
 DESCRIPTION = "dataset.json"
 # Of a conversion that has not finished; `convert.py`.
@@ -242,6 +243,5 @@ def _told_in_one_line(path: str) -> Any:
         yield
     except (tf.errors.OpError, OSError, ValueError) as error:
         scheme = path.split("://")[0]
-        first = (str(getattr(error, "message", "")) or str(error) or type(error).__name__).splitlines()[0]
         hint = "; TensorFlow reads gs:// by itself, s3:// and others by a plug-in, or mount them and give the path"
-        raise RequestError(f"{path}: cannot be read: {first[:200]}{hint if scheme != 'gs' else ''}") from error
+        raise RequestError(f"{path}: cannot be read: {reason_of(error)[:200]}{hint if scheme != 'gs' else ''}") from error

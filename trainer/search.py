@@ -5,13 +5,13 @@ dies, however it dies: a trial that is running and that nobody holds is taken up
 """
 
 import contextlib
+import copy
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -162,7 +162,7 @@ class Search:
                 if attempt < _MOST_GUIDED_DRAWS
                 else optuna.samplers.RandomSampler(seed),
             )
-            study.add_trials(started)
+            study.add_trials([_as_the_sampler_sees(found) for found in started])
             values = space.draw(study.ask(), self.options)
             if values not in tried:
                 return values
@@ -196,7 +196,7 @@ class Search:
     def tell(self, current: optuna.Trial, ending: trial.Ending) -> None:
         """Notes how a trial has ended for good.
 
-        One that diverged counts as pruned, at the worst value: the sampler is to learn from it.
+        One that diverged counts as pruned, and to the sampler as the worst.
         """
         folder = self.folder_of(current.number)
         current.set_user_attr("ended", ending.kind if ending.kind in ("complete", "pruned", "diverged") else "failed")
@@ -232,6 +232,17 @@ class Search:
             yield
 
 
+def _as_the_sampler_sees(found: FrozenTrial) -> FrozenTrial:
+    """One that diverged is worse than all others, whatever it had reached before.
+
+    Optuna 5.0 orders pruned trials by their last step first (`_get_pruned_trial_score`), and has those of no step last.
+    """
+    if found.user_attrs.get("ended") == "diverged":
+        found = copy.copy(found)
+        found.intermediate_values = {}
+    return found
+
+
 class _JournalLock(JournalFileOpenLock):
     """Keeps others from appending. Optuna 5.0's own stays behind when its process is killed, and is waited for for 30 s.
 
@@ -240,30 +251,29 @@ class _JournalLock(JournalFileOpenLock):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._path = path
-        self._file: IO[bytes] | None = None
+        self._path = Path(path)
+        self._held = contextlib.ExitStack()
 
     def acquire(self) -> bool:
-        self._file = open(f"{self._path}.lock", "ab")  # noqa: SIM115  (closed by release)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except OSError as error:
-            self.release()
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            raise RequestError(
-                f"--study_dir={Path(self._path).parent}: its file system has no locks ({error.strerror}), which a search needs: "
-                "give a folder on another, or mount this one with locks"
-            ) from error
-        with open(self._path, "rb+") as journal:
-            if journal.seek(0, os.SEEK_END) and (journal.seek(-1, os.SEEK_CUR), journal.read())[1] != b"\n":
-                journal.seek(0)
-                journal.truncate(journal.read().rfind(b"\n") + 1)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locks.lock_file(Path(f"{self._path}.lock"), wait=True, must=True))
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                raise RequestError(
+                    f"--study_dir={self._path.parent}: its file system has no locks ({error.strerror}), which a search needs: "
+                    "give a folder on another, or mount this one with locks"
+                ) from error
+            with open(self._path, "rb+") as journal:
+                if journal.seek(0, os.SEEK_END) and (journal.seek(-1, os.SEEK_CUR), journal.read())[1] != b"\n":
+                    journal.seek(0)
+                    journal.truncate(journal.read().rfind(b"\n") + 1)
+            self._held = held.pop_all()
         return True
 
     def release(self) -> None:
-        if self._file:
-            self._file.close()
+        self._held.close()
 
 
 def _words(value: Any) -> str:

@@ -104,11 +104,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_requests_per_second", 50, "Requests a second of one client. 0: any number.", 0, **own)
 
 
-def main(positional: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Serves until SIGTERM or SIGINT."""
     values = flags.FLAGS
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}: expected flags only")
     if not values.model_dir:
         raise RequestError("--model_dir must be given: the folder of a finished job")
     if not re.fullmatch(r"[\w.-]+", values.model_name, re.ASCII):
@@ -129,4 +127,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.serve", main)
+    cli.run("trainer.serve", main, flags_only=True)

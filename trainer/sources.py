@@ -91,9 +91,9 @@ def _addresses(tasks: dict[str, Any], kind: str) -> list[str]:
 def from_kubernetes(environment: Environment) -> Cluster | None:
     """An Indexed Job, or one of a JobSet's: pods are named JOB-INDEX and reached through a headless Service.
 
-    Kubernetes sets JOB_COMPLETION_INDEX and HOSTNAME; the manifest adds DIGITFLEET_NUM_WORKERS (its `completions`) and
-    DIGITFLEET_SERVICE (the pods' `subdomain`), and for a JobSet with several Jobs of this kind DIGITFLEET_JOB_INDEX and
-    DIGITFLEET_NUM_JOBS.
+    Kubernetes sets JOB_COMPLETION_INDEX and HOSTNAME; the manifest adds DIGITFLEET_NUM_WORKERS (its `completions`, or those of
+    all Jobs) and DIGITFLEET_SERVICE (the pods' `subdomain`), and for a JobSet with several Jobs of this kind
+    DIGITFLEET_JOB_INDEX and DIGITFLEET_NUM_JOBS.
     https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode
     """
     if not environment.get("JOB_COMPLETION_INDEX"):
@@ -101,8 +101,8 @@ def from_kubernetes(environment: Environment) -> Cluster | None:
     completion = _number(environment, "JOB_COMPLETION_INDEX")
     if not environment.get("DIGITFLEET_NUM_WORKERS"):
         raise RequestError(
-            "DIGITFLEET_NUM_WORKERS is not set in this pod of an Indexed Job: set it to the Job's completions, or to 1 if each "
-            "pod is to train alone"
+            "DIGITFLEET_NUM_WORKERS is not set in this pod of an Indexed Job: set it to the Job's completions (of several Jobs, "
+            "to all of theirs together), or to 1 if each pod is to train alone"
         )
     total = _number(environment, "DIGITFLEET_NUM_WORKERS", at_least=1)
     if total == 1:

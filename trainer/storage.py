@@ -19,7 +19,7 @@ JOURNAL = "journal.log"
 
 
 def prepare_folder(folder: Path, flag: str = "--model_dir") -> int:
-    """Makes the folder that a flag names and proves that a job can write there. Returns the bytes that are free on its disk.
+    """Makes the folder that a flag names and proves that a job can write there; returns the bytes that are free on its disk.
 
     Raises:
         RequestError: it cannot be made or written, or the disk is nearly full.
@@ -41,9 +41,22 @@ def prepare_folder(folder: Path, flag: str = "--model_dir") -> int:
     return free
 
 
+def is_missing(path: Path) -> bool:
+    """Whether nothing is there; where this process must not look, something may be."""
+    try:
+        return not path.exists()
+    except OSError:
+        return False
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there above it."""
+    return next(one for one in (folder, *folder.parents) if not is_missing(one))
+
+
 def probe_folder(folder: Path) -> int:
     """As `prepare_folder`, but leaves no folder behind that was not there."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [one for one in (folder, *folder.parents) if is_missing(one)]
     try:
         return prepare_folder(folder)
     finally:
@@ -87,7 +100,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     temporary.mkdir()
     try:
         fill(temporary)
-        for path in temporary.rglob("*"):
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
     except BaseException:
         # On a full disk, its own half is what is in the way of the next attempt.
@@ -106,8 +119,14 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
     """Replaces the file `target` by one that `write` has written."""
     # The suffix stays: Keras tells a format by it.
     temporary = target.with_name(f".partial-{target.name}")
-    write(temporary)
-    _sync(temporary)
+    try:
+        write(temporary)
+        _sync(temporary)
+    except BaseException:
+        # As in `write_folder`.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     temporary.replace(target)
     _sync(target.parent)
 

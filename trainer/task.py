@@ -29,14 +29,21 @@ def main(positional: list[str]) -> None:
     if not runs.finished(model_dir):
         lookup.check_model(config)
     data = dataset.load_for(config)
-    storage.prepare_folder(model_dir)
+    is_new = storage.is_missing(model_dir)
+    # The chief alone makes it, and takes it away where nothing comes of the job.
+    storage.prepare_folder(model_dir if workers.is_chief else storage.nearest(model_dir))
     # Only now: it takes seconds, and what is wrong with flags, data or storage has been told by then.
     with cli.quiet_start():
         from trainer import job
 
     try:
-        patience = cluster.lock_patience()
-        with locks.exclusive(model_dir, needed=workers.is_chief, patience=patience, stopped=lambda: stop.name):
+        with locks.exclusive(
+            model_dir,
+            needed=workers.is_chief,
+            patience=cluster.lock_patience(),
+            is_new=is_new,
+            stopped=lambda: stop.name,
+        ):
             result = job.run(config, data, workers, stop, _KEPT.append)
     except Stopped as error:
         if cluster.launcher():

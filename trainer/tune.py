@@ -199,7 +199,7 @@ def define_flags(values: flags.FlagValues) -> None:
     own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
     flags.DEFINE_string("study_dir", None, "Folder of the search; several processes and machines may share it.", **own)
     flags.DEFINE_integer("num_trials", 20, "Trials to finish, by all together.", lower_bound=1, **own)
-    flags.DEFINE_integer("parallel", 1, "Trials at once in this process; GPUs are shared out.", lower_bound=1, **own)
+    flags.DEFINE_integer("parallel", 1, "Trials at once in this process; each has as many GPUs.", lower_bound=1, **own)
     flags.DEFINE_string(
         "space",
         "",
@@ -250,4 +250,4 @@ def main(positional: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run("trainer.tune", main, example="trainer.tune --study_dir studies/first -- --preset fast")
+    cli.run("trainer.tune", main, example="trainer.tune --study_dir studies/first -- --epochs 5")

@@ -15,7 +15,7 @@ from trainer.search import Search
 
 _log = logging.getLogger("digitfleet")
 PRESET, RESULT = "best.yaml", "result.json"
-_REPORT_LOCK = ".report.lock"
+_LOCK = ".report.lock"
 
 
 def result_of(search: Search) -> dict[str, Any] | None:
@@ -29,7 +29,7 @@ def result_of(search: Search) -> dict[str, Any] | None:
     # A search that was made longer afterwards has another result.
     if before and before["num_finished"] >= search.num_trials:
         return before
-    with locks.lock_file(search.folder / ".result.lock") as mine:
+    with locks.lock_file(search.folder / _LOCK) as mine:
         if not mine:
             return None
         before = storage.read_json(path)
@@ -65,9 +65,8 @@ def _write(search: Search, before: dict[str, Any]) -> dict[str, Any]:
         "command": command_of(search),
         "model_dir": str(folder),
     }
-    with locks.lock_file(search.folder / _REPORT_LOCK, wait=True):
-        _write_report(search, result)
-        storage.write_json(search.folder / RESULT, result)
+    _write_report(search, result)
+    storage.write_json(search.folder / RESULT, result)
     return result
 
 
@@ -89,7 +88,7 @@ def command_of(search: Search) -> str:
 
 def update_report(search: Search) -> None:
     """Draws the report anew, unless another thread or process is at it, or has drawn the last one."""
-    with locks.lock_file(search.folder / _REPORT_LOCK) as mine:
+    with locks.lock_file(search.folder / _LOCK) as mine:
         result = storage.read_json(search.folder / RESULT) or {"num_finished": 0}
         if mine and result["num_finished"] < search.num_trials:
             _write_report(search, None)

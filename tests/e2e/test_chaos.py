@@ -48,7 +48,7 @@ def test_twenty_faults_end_in_the_weights_of_the_uninterrupted_run(tmp_path: Pat
     chance = random.Random(seed)
     faults = [
         f"{chance.choice(['kill', 'term', 'stop'])}:{chance.choice('01*')}@step={step}"
-        for step in sorted(chance.sample(range(12, STEPS - 20), NUM_FAULTS))
+        for step in sorted(chance.sample(range(12, STEPS - 80), NUM_FAULTS))
     ]
     print(f"--chaos={','.join(faults)}")
     log = tmp_path / "chaos.log"

@@ -33,7 +33,7 @@ def test_job_killed_five_times_and_stopped_once_ends_in_the_same_weights(
     seed = random.SystemRandom().randrange(10**6)
     print(f"random seed {seed}")
     chance = random.Random(seed)
-    targets = sorted(chance.sample(range(5, 380), KILLS + 1))
+    targets = sorted(chance.sample(range(5, 340), KILLS + 1))
     stopped_by_term = chance.randrange(KILLS + 1)
     for number, target in enumerate(targets):
         job = start_job(**options)

@@ -22,7 +22,9 @@ def test_wheel_brings_the_data_along_and_trains_in_an_empty_folder(tmp_path: Pat
     assert sum(name.startswith("trainer/mnist/") and name.endswith("ubyte.gz") for name in names) == 4
     assert "trainer/mnist/LICENSE" in names
     assert "trainer/py.typed" in names
-    assert not [name for name in names if name.startswith("tests")]
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"trainer", "launch"}
+    files = [path for folder in ("trainer", "launch") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert not {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts} - set(names)
     subprocess.run(
         [*pip, "install", "--no-deps", "--no-index", "--quiet", "--target", str(tmp_path / "site"), str(wheel)], check=True
     )

@@ -30,16 +30,16 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 
 
 def test_losses_do_not_depend_on_the_number_of_workers_that_share_the_shards(
-    start_job, start_workers, tiny_records: Path
+    start_job, start_workers, tiny_records: Path, tmp_path: Path
 ) -> None:
     """Unequal shards (512 examples in seven) over one, two and three workers, to the last bits of float64."""
     options = {
         "data_dir": tiny_records, "input_pipeline": "stream", "precision": "float64", "steps_per_loop": 1,
         "global_batch_size": 48, "epochs": 4, "augment": "affine", "validation_fraction": 0.2,
     }  # fmt: skip
-    losses = {}
+    losses, tested = {}, {}
     for workers in (1, 2, 3):
-        model_dir = tiny_records.parent / f"run-{workers}"
+        model_dir = tmp_path / f"run-{workers}"
         jobs = (
             [start_job(**options, model_dir=model_dir)]
             if workers == 1
@@ -49,9 +49,11 @@ def test_losses_do_not_depend_on_the_number_of_workers_that_share_the_shards(
         assert results[1:] == [0] * (workers - 1)
         assert results[0]["test_examples"] == 203
         losses[workers] = [line["loss"] for line in lines_of(model_dir, "train")]
+        tested[workers] = results[0]["test_loss"]
     assert len(losses[1]) > 35
     for workers in (2, 3):
         np.testing.assert_allclose(losses[workers], losses[1], rtol=1e-9)
+        assert tested[workers] == pytest.approx(tested[1], rel=1e-5)
 
 
 def test_model_from_outside_learns_colours_and_sizes_with_two_workers(tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ def sha256_of(job: Job) -> str:
 
 @pytest.mark.parametrize("model", ["deep_cnn", "bn_cnn"])
 def test_losses_of_50_steps_agree_on_every_topology(model: str, start_job, start_workers, tmp_path: Path) -> None:
-    start_job(**EXACT, model=model, model_dir=tmp_path / "one", strategy="one_device").finish()
+    results = {"one": start_job(**EXACT, model=model, model_dir=tmp_path / "one", strategy="one_device").finish()}
     for devices in (2, 4):
-        start_job(**EXACT, model=model, model_dir=tmp_path / f"m{devices}", strategy="mirrored", num_devices=devices).finish()
+        job = start_job(**EXACT, model=model, model_dir=tmp_path / f"m{devices}", strategy="mirrored", num_devices=devices)
+        results[f"m{devices}"] = job.finish()
     for workers, devices in ((2, 1), (4, 1), (2, 2)):
         jobs = start_workers(
             workers,
@@ -41,7 +42,7 @@ def test_losses_of_50_steps_agree_on_every_topology(model: str, start_job, start
             strategy="multi_worker",
             num_devices=devices,
         )
-        result = jobs[0].finish()
+        result = results[f"w{workers}x{devices}"] = jobs[0].finish()
         assert [job.wait() for job in jobs] == [0] * workers, jobs[1].log.read_text()
         assert (result["num_workers"], result["num_replicas"], result["test_examples"]) == (workers, workers * devices, 10_000)
     expected = losses(tmp_path / "one")
@@ -49,6 +50,9 @@ def test_losses_of_50_steps_agree_on_every_topology(model: str, start_job, start
         difference = np.max(np.abs(losses(tmp_path / name) / expected - 1))
         print(f"{model} {name}: largest relative difference {difference:.1e}")
         assert difference < 1e-12
+        # What is tested: weights and statistics as they are exported, in float32.
+        assert results[name]["test_loss"] == pytest.approx(results["one"]["test_loss"], rel=1e-5)
+        assert results[name]["test_accuracy"] == pytest.approx(results["one"]["test_accuracy"], abs=2e-4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "mixed_float16", "mixed_bfloat16"])
