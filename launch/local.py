@@ -110,11 +110,12 @@ def main(task_arguments: list[str]) -> None:
         faults=faults,
         data_workers=values.data_workers,
     )
-    is_new = storage.is_missing(Path(model_dir))
+    made = storage.missing(Path(model_dir))
     storage.prepare_folder(Path(model_dir))
     code = Supervisor(job, _say, _show).run()
-    if code == EXIT_REQUEST and is_new:
+    if code == EXIT_REQUEST and made:
         _remove_if_only_logs(Path(model_dir))
+        storage.remove_if_empty(made[1:])
     if code == EXIT_STOPPED:
         again = [*extra[: 0 if config.model_dir else 1], *([] if config.resume else ["--resume"])]
         _say(f"go on with: {_command(task_arguments, again)}")

@@ -84,6 +84,9 @@ def _check_overlay(request: Request, objects: Sequence[Object], workload: Object
         if given:
             named = f"--{given[0]}" if given[0] != "task" else "flags behind `--`"
             raise RequestError(f"{where} trains nothing: there is nothing that {named} could be said of")
+        mounting = [found["kind"] for found in objects if any(containers(found))]
+        if request.storage and (not mounting or (request.bucket and "Pod" in mounting)):
+            raise RequestError(f"--storage={request.storage}: {where} mounts {'claims only' if mounting else 'nothing'}")
         return
     kind = workload["kind"]
     try:

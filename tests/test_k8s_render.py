@@ -272,6 +272,8 @@ WRONG: list[tuple[dict, str]] = [
     ({"task": ("--model_dir=/data/../etc",)}, "is on no volume"),
     ({"overlay": "single-node", "task": ("--num_devices=16",)}, "--num_devices=16: a worker has 8 GPUs"),
     ({"overlay": "tensorboard", "workers": 3}, "trains nothing: there is nothing that --workers could be said of"),
+    ({"overlay": "volume", "storage": "gs://bucket-1"}, "--storage=gs://bucket-1: --overlay=volume mounts claims only"),
+    ({"overlay": "kueue-queue", "storage": "mine"}, "--storage=mine: --overlay=kueue-queue mounts nothing"),
     ({"overlay": "tensorboard", "memory_per_worker": "4Gi"}, "there is nothing that --memory_per_worker could be said of"),
     ({"overlay": "tensorboard", "gpus_per_worker": 0}, "there is nothing that --gpus_per_worker could be said of"),
     ({"overlay": "tensorboard", "task": ("--epochs=3",)}, "there is nothing that flags behind `--` could be said of"),

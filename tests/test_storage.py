@@ -222,7 +222,7 @@ def test_lock_of_a_folder_that_was_taken_away_keeps_nobody_out(tmp_path: Path) -
     """Whoever waited for it makes the folder again, and holds that one."""
     folder = tmp_path / "run"
     folder.mkdir()
-    first = locks.exclusive(folder, needed=True, is_new=True)
+    first = locks.exclusive(folder, needed=True, made=[folder])
     first.__enter__()
     waits = iter([None])
 
@@ -232,19 +232,23 @@ def test_lock_of_a_folder_that_was_taken_away_keeps_nobody_out(tmp_path: Path) -
             assert not folder.exists()
         return False
 
-    with locks.exclusive(folder, needed=True, is_new=False, patience=60, stopped=leave):
+    with locks.exclusive(folder, needed=True, patience=60, stopped=leave):
         (folder / "config.json").touch()
         with pytest.raises(RequestError, match="another job is writing there"):
             locks.exclusive(folder, needed=True).__enter__()
 
 
-@pytest.mark.parametrize("is_new", [True, False])
-def test_folder_goes_with_what_made_it_and_is_empty(is_new: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [["one"], ["one", "one/two", "one/two/run"], []])
+def test_folders_that_a_refused_job_has_made_go_with_it_and_others_stay(there: list[str], tmp_path: Path) -> None:
     """One that was there may have a mode that others rely on."""
-    (tmp_path / "run").mkdir()
-    with locks.exclusive(tmp_path / "run", needed=True, is_new=is_new):
+    for name in there:
+        (tmp_path / name).mkdir()
+    folder = tmp_path / "one" / "two" / "run"
+    made = storage.missing(folder)
+    storage.prepare_folder(folder)
+    with locks.exclusive(folder, needed=True, made=made):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ([] if is_new else ["run"])
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == there
 
 
 def test_folder_below_one_that_nobody_may_look_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

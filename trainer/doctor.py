@@ -161,11 +161,11 @@ def _look_at_peers(config: Config, data: dataset.Dataset, workers: Cluster, layo
     stop = signals.StopRequest()
     signals.listen(stop, lambda: config.grace_period)
     model_dir = Path(config.model_dir)
-    is_new = storage.is_missing(model_dir)
+    made = storage.missing(model_dir)
     if workers.is_chief:
         model_dir.mkdir(parents=True, exist_ok=True)
     with (
-        locks.exclusive(model_dir, needed=workers.is_chief, is_new=is_new),
+        locks.exclusive(model_dir, needed=workers.is_chief, made=made),
         preflight.met(config, data.sha256, workers, layout, stop) as (_, watch),
     ):
         watch.end_together()

@@ -1,8 +1,8 @@
 """The command line of `trainer.task`, made from the fields of `Config`. Parsing needs no TensorFlow: mistakes show at once."""
 
 import dataclasses
+import datetime
 import sys
-import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,4 +156,6 @@ def with_model_dir(config: Config, num_workers: int) -> Config:
 
 def new_model_dir(config: Config) -> str:
     """The folder of a run for which none was given."""
-    return f"runs/{Path(config.preset).stem}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    # In a loop of a shell several start within a second.
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return f"runs/{Path(config.preset).stem}-{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03}Z"

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +25,7 @@ def exclusive(
     needed: bool,
     patience: float = 0,
     flag: str = "--model_dir",
-    is_new: bool = False,
+    made: Sequence[Path] = (),
     stopped: Callable[[], object] = lambda: False,
 ) -> Iterator[None]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends.
@@ -35,7 +35,7 @@ def exclusive(
         needed: False for a process that writes nothing there.
         patience: seconds to wait for another process to let go.
         flag: the one that names the folder.
-        is_new: whether this process has made the folder, and takes it away if nothing is left in it.
+        made: what this process has made of the folder and those above it, and takes away if nothing is left in them.
         stopped: whether somebody has asked to end.
 
     Raises:
@@ -62,12 +62,12 @@ def exclusive(
             if _is_there(lock):
                 break
             # Whoever held it has left nothing in the folder, and has taken it away, too, where it was new.
-            is_new = is_new or storage.is_missing(folder)
+            made = made or storage.missing(folder)
             folder.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:
-            _remove_if_unused(folder, Path(lock.name), is_new=is_new)
+            _remove_if_unused(folder, Path(lock.name), made)
 
 
 @contextlib.contextmanager
@@ -106,14 +106,13 @@ def _is_there(file: IO[str]) -> bool:
         return False
 
 
-def _remove_if_unused(folder: Path, lock: Path, *, is_new: bool) -> None:
-    """Takes the lock away where a refused job has left nothing else, and a folder that was not there before."""
+def _remove_if_unused(folder: Path, lock: Path, made: Sequence[Path]) -> None:
+    """Takes the lock away where a refused job has left nothing else, and folders that were not there before."""
     # It may have been removed by somebody else, or the storage has failed: the job's end is another story.
     with contextlib.suppress(OSError):
         if list(folder.iterdir()) == [lock]:
             lock.unlink()
-            if is_new:
-                folder.rmdir()
+            storage.remove_if_empty(made)
 
 
 def write_token(folder: Path, token: str) -> None:

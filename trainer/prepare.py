@@ -129,10 +129,10 @@ def main(_: list[str]) -> None:
     output = Path(values.output)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise RequestError(f"--output={output} is within --input={source}: give another folder")
-    is_new = storage.is_missing(output)
+    made = storage.missing(output)
     storage.prepare_folder(output, "--output")
     console = Console()
-    with locks.exclusive(output, needed=True, flag="--output", is_new=is_new):
+    with locks.exclusive(output, needed=True, flag="--output", made=made):
         total = sum(len(split) for split in collection.splits.values())
         with _progress(console, total) as done:
             content = convert(collection, output, request, values.num_processes or len(os.sched_getaffinity(0)), done)

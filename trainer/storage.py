@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,25 @@ def nearest(folder: Path) -> Path:
     return next(one for one in (folder, *folder.parents) if not is_missing(one))
 
 
+def missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there: what making it makes, the innermost first."""
+    return [one for one in (folder, *folder.parents) if is_missing(one)]
+
+
+def remove_if_empty(folders: Sequence[Path]) -> None:
+    """Takes away what `missing` has named, as far as nothing is in it."""
+    with contextlib.suppress(OSError):
+        for one in folders:
+            one.rmdir()
+
+
 def probe_folder(folder: Path) -> int:
     """As `prepare_folder`, but leaves no folder behind that was not there."""
-    missing = [one for one in (folder, *folder.parents) if is_missing(one)]
+    made = missing(folder)
     try:
         return prepare_folder(folder)
     finally:
-        for one in missing:
-            with contextlib.suppress(OSError):
-                one.rmdir()
+        remove_if_empty(made)
 
 
 def export_of(model_dir: str) -> Path:

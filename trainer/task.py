@@ -29,7 +29,7 @@ def main(positional: list[str]) -> None:
     if not runs.finished(model_dir):
         lookup.check_model(config)
     data = dataset.load_for(config)
-    is_new = storage.is_missing(model_dir)
+    made = storage.missing(model_dir)
     # The chief alone makes it, and takes it away where nothing comes of the job.
     storage.prepare_folder(model_dir if workers.is_chief else storage.nearest(model_dir))
     # Only now: it takes seconds, and what is wrong with flags, data or storage has been told by then.
@@ -41,7 +41,7 @@ def main(positional: list[str]) -> None:
             model_dir,
             needed=workers.is_chief,
             patience=cluster.lock_patience(),
-            is_new=is_new,
+            made=made,
             stopped=lambda: stop.name,
         ):
             result = job.run(config, data, workers, stop, _KEPT.append)
